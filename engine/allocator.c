@@ -1,0 +1,124 @@
+/* allocator.c - one device's memory: blocks are kept after release and reused by size class.
+**
+** Sizes round up to sixteen classes per doubling (at most 1/16 wasted), so a training step that
+** asks for the same shapes again and again is served from the cache. The limit bounds live and
+** cached bytes together; the cache is given back before a request is refused.
+*/
+#include <stdlib.h>
+#include <string.h>
+
+#include "internal.h"
+
+enum { SMALLEST_LOG2 = 8 }; /* 256 bytes, sixteen steps to the next power of two */
+
+/* The class of a request and, through *rounded, that class's block size. */
+static int32_t size_class(int64_t size_bytes, int64_t *rounded) {
+  int32_t log2 = SMALLEST_LOG2;
+  while (log2 < 60 && ((int64_t)2 << log2) <= size_bytes) log2++;
+  const int64_t base = (int64_t)1 << log2, step = base / 16;
+  int64_t steps = size_bytes <= base ? 0 : (size_bytes - base + step - 1) / step;
+  if (steps == 16) {
+    log2++;
+    steps = 0;
+    *rounded = base * 2;
+  } else {
+    *rounded = base + steps * step;
+  }
+  return (log2 - SMALLEST_LOG2) * 16 + (int32_t)steps;
+}
+
+void qm__allocator_open(qm__allocator *allocator, const qm_backend *backend, void *context) {
+  memset(allocator, 0, sizeof *allocator);
+  allocator->backend = backend;
+  allocator->context = context;
+  pthread_mutex_init(&allocator->lock, NULL);
+}
+
+static void empty_cache_locked(qm__allocator *allocator) {
+  for (int32_t i = 0; i < QM__SIZE_CLASSES; i++) {
+    while (allocator->free_lists[i] != NULL) {
+      qm__block *block = allocator->free_lists[i];
+      allocator->free_lists[i] = block->next;
+      allocator->backend->release(allocator->context, block->memory, block->size_bytes);
+      allocator->memory.cached_bytes -= block->size_bytes;
+      free(block);
+    }
+  }
+}
+
+void qm__allocator_empty_cache(qm__allocator *allocator) {
+  pthread_mutex_lock(&allocator->lock);
+  empty_cache_locked(allocator);
+  pthread_mutex_unlock(&allocator->lock);
+}
+
+void qm__allocator_close(qm__allocator *allocator) {
+  qm__allocator_empty_cache(allocator);
+  pthread_mutex_destroy(&allocator->lock);
+}
+
+static int32_t refuse(const qm__allocator *allocator, int64_t size_bytes) {
+  const qm_memory *m = &allocator->memory;
+  return qm__fail(QM_E_MEMORY,
+                  "out of memory on %s: asked for %lld bytes with %lld live (peak %lld, limit %lld)",
+                  allocator->backend->name, (long long)size_bytes, (long long)m->live_bytes,
+                  (long long)m->peak_bytes, (long long)m->limit_bytes);
+}
+
+static int32_t allocate_locked(qm__allocator *allocator, int64_t size_bytes, void **memory,
+                               int64_t *block_bytes) {
+  qm_memory *m = &allocator->memory;
+  if (size_bytes < 0 || size_bytes > INT64_MAX / 4) return refuse(allocator, size_bytes);
+  int64_t rounded;
+  const int32_t class = size_class(size_bytes, &rounded);
+  qm__block *cached = allocator->free_lists[class];
+  if (cached != NULL) {
+    allocator->free_lists[class] = cached->next;
+    *memory = cached->memory;
+    m->cached_bytes -= rounded;
+    free(cached);
+  } else {
+    if (m->limit_bytes > 0 && m->live_bytes + m->cached_bytes + rounded > m->limit_bytes) {
+      empty_cache_locked(allocator);
+      if (m->live_bytes + rounded > m->limit_bytes) return refuse(allocator, size_bytes);
+    }
+    int32_t status = allocator->backend->allocate(allocator->context, rounded, memory);
+    if (status == QM_E_MEMORY && m->cached_bytes > 0) {
+      empty_cache_locked(allocator);
+      status = allocator->backend->allocate(allocator->context, rounded, memory);
+    }
+    if (status == QM_E_MEMORY) return refuse(allocator, size_bytes);
+    if (status != QM_OK) return status;
+  }
+  *block_bytes = rounded;
+  m->live_bytes += rounded;
+  m->live_count++;
+  m->allocation_count++;
+  if (m->live_bytes > m->peak_bytes) m->peak_bytes = m->live_bytes;
+  return QM_OK;
+}
+
+int32_t qm__allocate(qm__allocator *allocator, int64_t size_bytes, void **memory,
+                     int64_t *block_bytes) {
+  pthread_mutex_lock(&allocator->lock);
+  const int32_t status = allocate_locked(allocator, size_bytes, memory, block_bytes);
+  pthread_mutex_unlock(&allocator->lock);
+  return status;
+}
+
+void qm__release(qm__allocator *allocator, void *memory, int64_t block_bytes) {
+  pthread_mutex_lock(&allocator->lock);
+  allocator->memory.live_bytes -= block_bytes;
+  allocator->memory.live_count--;
+  qm__block *block = malloc(sizeof *block);
+  if (block == NULL) { /* too poor to remember it: give it back instead */
+    allocator->backend->release(allocator->context, memory, block_bytes);
+  } else {
+    int64_t rounded;
+    const int32_t class = size_class(block_bytes, &rounded);
+    *block = (qm__block){allocator->free_lists[class], memory, block_bytes};
+    allocator->free_lists[class] = block;
+    allocator->memory.cached_bytes += block_bytes;
+  }
+  pthread_mutex_unlock(&allocator->lock);
+}

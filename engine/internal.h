@@ -1,0 +1,127 @@
+/* internal.h - what the engine's own files share. Kernels see backend.h, users quartermoon.h. */
+#ifndef QM_INTERNAL_H
+#define QM_INTERNAL_H
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stddef.h>
+
+#include "backend.h"
+
+#define QM__PRINTF(at, first) __attribute__((format(printf, at, first)))
+
+/* ---- error.c ---- */
+
+extern const qm_host qm__host;
+/* Record the sentence for qm_last_error and return status: failing is one expression. */
+int32_t qm__fail(int32_t status, const char *format, ...) QM__PRINTF(2, 3);
+/* Put "prefix: " before the last error's sentence. */
+void qm__prefix_error(const char *prefix);
+void qm__handle_opened(void);
+void qm__handle_closed(void);
+
+/* ---- allocator.c: blocks of one device, kept for reuse by size class ---- */
+
+typedef struct qm__block {
+  struct qm__block *next;
+  void *memory;
+  int64_t size_bytes;
+} qm__block;
+
+enum { QM__SIZE_CLASSES = 16 * 48 };
+
+typedef struct qm__allocator {
+  const qm_backend *backend;
+  void *context;
+  pthread_mutex_t lock;
+  qm__block *free_lists[QM__SIZE_CLASSES];
+  qm_memory memory;
+} qm__allocator;
+
+void qm__allocator_open(qm__allocator *allocator, const qm_backend *backend, void *context);
+void qm__allocator_close(qm__allocator *allocator);
+/* *block_bytes is the size to hand back on release. */
+int32_t qm__allocate(qm__allocator *allocator, int64_t size_bytes, void **memory,
+                     int64_t *block_bytes);
+void qm__release(qm__allocator *allocator, void *memory, int64_t block_bytes);
+void qm__allocator_empty_cache(qm__allocator *allocator);
+
+/* ---- device.c, storage.c ---- */
+
+struct qm_device {
+  atomic_int references;
+  const qm_backend *backend;
+  void *context;
+  int32_t index;
+  qm__allocator allocator;
+  struct qm_device *next; /* in the list of open devices */
+};
+
+struct qm_storage {
+  atomic_int references;
+  qm_device *device; /* retained */
+  char *memory;
+  int64_t size_bytes;
+  int64_t block_bytes; /* what the allocator wants back; 0: a mapped file */
+  bool read_only;
+};
+
+/* ---- operand.c: checking the arguments of one call ---- */
+
+enum { QM__OPERANDS_MAX = 16, QM__SIZES_MAX = 48, QM__NAME_MAX = 16 };
+
+/* How a call uses an operand. WRITE must not overlap any other operand; IN_PLACE may be exactly
+** another operand, for kernels that read an element before they write it. */
+typedef enum qm__use { QM__READ, QM__WRITE, QM__IN_PLACE } qm__use;
+
+/* The state of one call's checks. The first failure wins and turns the rest into nothing, so a
+** call reads as a list of operands followed by one dispatch. */
+typedef struct qm__call {
+  const char *function;
+  qm_device *device; /* the first operand's */
+  int32_t status;
+  int32_t operand_count, size_count;
+  struct {
+    const char *name;
+    const char *begin, *end;
+    qm__use use;
+  } operands[QM__OPERANDS_MAX];
+  struct {
+    char name[QM__NAME_MAX];
+    int64_t value;
+  } sizes[QM__SIZES_MAX];
+} qm__call;
+
+qm__call qm__begin(const char *function);
+/* Check x against spec and describe it to the kernel in *out. spec is a type, then a shape:
+**   "f32 [K, N]", "float [R, H, D]", "f32|bf16 [C]", "any [...]", "i32 []"
+** where a new name binds a size that later operands must share, a number means itself and [...]
+** any shape. "=x" as the type means the type of the operand called x ("=x [R, C]"). */
+void qm__operand(qm__call *call, const char *name, const qm_tensor *x, const char *spec, qm__use use,
+                 qm_array *out);
+/* The same, but NULL is allowed and gives an out->data of NULL. */
+void qm__optional(qm__call *call, const char *name, const qm_tensor *x, const char *spec,
+                  qm__use use, qm_array *out);
+/* Bind a name before operands are checked, or read what they bound. */
+void qm__bind(qm__call *call, const char *name, int64_t value);
+int64_t qm__size(const qm__call *call, const char *name);
+/* Fail unless the condition holds: "argument 'scales': expected G to divide K, got ...". */
+void qm__require(qm__call *call, bool condition, const char *format, ...) QM__PRINTF(3, 4);
+/* Fail unless both have the same extents; `name` is the second one. For specs of [...]. */
+void qm__same_shape(qm__call *call, const char *name, const qm_array *a, const qm_array *b);
+/* "f32 [8, 64]" */
+void qm__describe(const qm_tensor *x, char *text, size_t size);
+int64_t qm__count(const qm_tensor *x);
+/* The last checks: nothing overlaps that must not. Returns the call's status. */
+int32_t qm__finish(qm__call *call);
+int32_t qm__unsupported(const qm__call *call, const char *kernel);
+
+/* Run one kernel of the call's device, or say why not. */
+#define QM__DISPATCH(call, kernel, args)                                                           \
+  (qm__finish(&(call))                      ? (call).status                                        \
+   : (call).device->backend->kernels.kernel ? (call).device->backend->kernels.kernel(              \
+                                                (call).device->context, (args))                    \
+                                            : qm__unsupported(&(call), #kernel))
+
+#endif

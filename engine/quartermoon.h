@@ -1,0 +1,350 @@
+/* quartermoon.h - the whole public C ABI of Quartermoon.
+**
+** The text between the two cdef markers is also what LuaJIT's ffi.cdef reads, so it holds plain
+** declarations and comments only: no preprocessor, no inline functions.
+**
+** Conventions
+**   - Every call that can fail returns a status; 0 is success and qm_last_error() is the sentence.
+**   - Tensors are row-major and contiguous. A qm_tensor describes and never owns.
+**   - Operands of one call live on one device; outputs are caller-allocated and overwritten
+**     unless the comment says they accumulate.
+**   - "float" below means any of f32, f16, bf16. Shapes are in brackets; names bind sizes.
+**   - NULL is accepted only where the comment says "or NULL".
+*/
+#ifndef QUARTERMOON_H
+#define QUARTERMOON_H
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#pragma GCC visibility push(default)
+/* cdef: begin */
+enum { QM_ABI_VERSION = 1, QM_DIMS_MAX = 4 };
+
+/* Every call that can fail returns one of these; 0 is success. */
+enum {
+  QM_OK = 0,
+  QM_E_ARGUMENT = -1,   /* the caller passed something the call cannot take */
+  QM_E_MEMORY = -2,     /* host or device memory ran out, or the limit was met */
+  QM_E_DEVICE = -3,     /* the device or its driver failed */
+  QM_E_UNSUPPORTED = -4, /* this backend has no kernel for the request */
+  QM_E_IO = -5          /* a file could not be read or written, or holds what it must not */
+};
+
+/* Element types. */
+enum {
+  QM_F32 = 0,
+  QM_F16 = 1,
+  QM_BF16 = 2,
+  QM_I8 = 3,
+  QM_U8 = 4,
+  QM_I16 = 5,
+  QM_I32 = 6,
+  QM_I64 = 7,
+  QM_DTYPE_COUNT = 8
+};
+
+typedef struct qm_device qm_device;   /* handle: a device and its allocator, reference counted */
+typedef struct qm_storage qm_storage; /* handle: device memory, reference counted */
+
+/* Descriptor: says where a tensor lies, owns nothing. */
+typedef struct qm_tensor {
+  qm_storage *storage; /* borrowed: keep it while you use the descriptor */
+  int64_t offset_bytes; /* from the start of storage */
+  int64_t shape[4];     /* elements, row-major; entries from ndim on are ignored */
+  int32_t ndim;         /* 0 (a scalar) to QM_DIMS_MAX */
+  int32_t dtype;
+} qm_tensor;
+
+/* Which random bits: Philox4x32-10, key (seed, parameter), counter (element / 4, step, stream).
+** The same four give the same bits on every device, whatever the launch shape. */
+typedef struct qm_noise {
+  uint32_t seed;
+  uint32_t parameter; /* whose bits: one number per parameter or consumer */
+  uint32_t step;
+  uint32_t stream; /* which use within the step; the engine's own uses are QM_STREAM_* */
+} qm_noise;
+enum { QM_STREAM_CODES = 0, QM_STREAM_EXP_AVG = 1, QM_STREAM_EXP_AVG_SQ = 2, QM_STREAM_WEIGHT = 3,
+       QM_STREAM_USER = 16 };
+
+/* ---- versions and errors ---- */
+
+int32_t qm_abi_version(void);
+/* The sentence for this thread's last failure; good until its next one. */
+const char *qm_last_error(void);
+const char *qm_status_name(int32_t status);
+/* Name ("f32") and size of an element type; NULL and 0 when there is no such type. */
+const char *qm_dtype_name(int32_t dtype);
+int32_t qm_dtype_size(int32_t dtype);
+/* Devices, storages and files that are open in this process: a leak counter for tests. */
+int64_t qm_handles_live(void);
+
+/* ---- devices ---- */
+
+typedef struct qm_memory {
+  int64_t live_bytes;   /* in storages that somebody holds */
+  int64_t cached_bytes; /* released, kept for reuse */
+  int64_t peak_bytes;   /* highest live_bytes since the last reset */
+  int64_t limit_bytes;  /* 0: no limit */
+  int64_t live_count;
+  int64_t allocation_count; /* requests served since the device was opened */
+} qm_memory;
+
+typedef struct qm_device_info {
+  char name[64];        /* "cpu", "reference", "cuda" */
+  char description[192]; /* the hardware, in words */
+  int32_t index;
+  int32_t threads;       /* worker threads of host devices, 0 elsewhere */
+  int32_t fast_bf16;     /* 1 where bf16 matrix products outrun f32 ones */
+} qm_device_info;
+
+/* Open (or retain, when already open) device `index` of backend `name`. */
+int32_t qm_device_open(const char *name, int32_t index, qm_device **out);
+void qm_device_retain(qm_device *device);
+void qm_device_release(qm_device *device);
+int32_t qm_device_get_info(const qm_device *device, qm_device_info *out);
+/* Wait until everything queued has run; reports what failed late. */
+int32_t qm_device_sync(qm_device *device);
+int32_t qm_device_memory(const qm_device *device, qm_memory *out);
+int32_t qm_device_set_limit(qm_device *device, int64_t limit_bytes);
+int32_t qm_device_reset_peak(qm_device *device);
+int32_t qm_device_empty_cache(qm_device *device);
+
+/* ---- storage ---- */
+
+int32_t qm_storage_create(qm_device *device, int64_t size_bytes, qm_storage **out);
+/* Map a file's bytes read-only into a host device; the result refuses to be written. */
+int32_t qm_storage_map(qm_device *device, const char *path, qm_storage **out);
+void qm_storage_retain(qm_storage *storage);
+void qm_storage_release(qm_storage *storage);
+int64_t qm_storage_size(const qm_storage *storage);
+int32_t qm_storage_references(const qm_storage *storage);
+
+/* ---- moving and filling ---- */
+
+/* Host bytes into a tensor and back; size_bytes must be the tensor's. Reading waits. */
+int32_t qm_write(const qm_tensor *out, const void *host, int64_t size_bytes);
+int32_t qm_read(const qm_tensor *x, void *host, int64_t size_bytes);
+/* Same shape; converts between types (float to integer truncates and saturates, NaN to 0).
+** Across devices the types must agree. */
+int32_t qm_copy(const qm_tensor *x, const qm_tensor *out);
+int32_t qm_fill(const qm_tensor *out, double value);
+/* kind QM_UNIFORM: [a, b); QM_NORMAL: mean a, standard deviation b (Box-Muller). Float. */
+enum { QM_UNIFORM = 0, QM_NORMAL = 1 };
+int32_t qm_random(const qm_tensor *out, int32_t kind, double a, double b, const qm_noise *noise);
+
+/* ---- elementwise, reductions, movement ---- */
+
+/* out = op(x), same shape, float. p0, p1 are the operation's own numbers:
+** POW exponent p0; CLAMP to [p0, p1]; AFFINE p0 * x + p1; the rest ignore them. */
+enum { QM_NEG = 0, QM_ABS = 1, QM_EXP = 2, QM_LOG = 3, QM_SQRT = 4, QM_RSQRT = 5, QM_TANH = 6,
+       QM_SIGMOID = 7, QM_SILU = 8, QM_GELU = 9, QM_RELU = 10, QM_SQUARE = 11, QM_POW = 12,
+       QM_CLAMP = 13, QM_AFFINE = 14, QM_SIGN = 15, QM_FLOOR = 16, QM_ROUND = 17, QM_SIN = 18,
+       QM_COS = 19, QM_RECIPROCAL = 20, QM_UNARY_COUNT = 21 };
+int32_t qm_unary(int32_t op, const qm_tensor *x, const qm_tensor *out, double p0, double p1);
+/* out = a op b, float, numpy broadcasting to out's shape; the comparisons give 1 or 0.
+** Types may differ: computed in f32. */
+enum { QM_ADD = 0, QM_SUB = 1, QM_MUL = 2, QM_DIV = 3, QM_MAXIMUM = 4, QM_MINIMUM = 5, QM_EQ = 6,
+       QM_LT = 7, QM_LE = 8, QM_BINARY_COUNT = 9 };
+int32_t qm_binary(int32_t op, const qm_tensor *a, const qm_tensor *b, const qm_tensor *out);
+/* out = alpha x + beta out; same shape, float, types may differ. */
+int32_t qm_accumulate(const qm_tensor *x, const qm_tensor *out, double alpha, double beta);
+/* Reduce dimension dim (from 0) of x to size 1 in a fixed order; sums run in f64 in the reference.
+** x float, out float; ARGMAX: out i32, the first of equals. */
+enum { QM_SUM = 0, QM_MEAN = 1, QM_MAX = 2, QM_MIN = 3, QM_ARGMAX = 4, QM_REDUCE_COUNT = 5 };
+int32_t qm_reduce(int32_t op, const qm_tensor *x, const qm_tensor *out, int32_t dim);
+/* out += (accumulate != 0) the sum of squares of all of x; out f32 []. The sum of a tensor with a
+** NaN or an infinity is not finite. */
+int32_t qm_sum_squares(const qm_tensor *x, const qm_tensor *out, int32_t accumulate);
+/* out[..] = x transposed by dims: out's dimension i is x's dims[i]. Any type. */
+int32_t qm_permute(const qm_tensor *x, const qm_tensor *out, const int32_t *dims);
+/* out[i, :] = x[index[i], :]; x any type [V, C] (or [V]), index i32 [R], out [R, C].
+** An index outside [0, V) is QM_E_ARGUMENT. */
+int32_t qm_gather(const qm_tensor *x, const qm_tensor *index, const qm_tensor *out);
+/* out[index[i], :] += x[i, :], in the order of i; out f32 [V, C], x float [R, C]. */
+int32_t qm_scatter_add(const qm_tensor *x, const qm_tensor *index, const qm_tensor *out);
+/* out = softmax of x along the last dimension; float, same shape. */
+int32_t qm_softmax(const qm_tensor *x, const qm_tensor *out);
+
+/* ---- linear algebra ---- */
+
+/* out = alpha op(a) op(b) + beta out, op transposing where its flag is set. [M, K] x [K, N], or
+** with one leading batch dimension each. a and b of one float type; out float. f32 accumulation. */
+int32_t qm_gemm(const qm_tensor *a, const qm_tensor *b, const qm_tensor *out, int32_t trans_a,
+                int32_t trans_b, double alpha, double beta);
+/* Thin singular value decomposition a = u diag(s) vt, s descending; f32.
+** a [M, N], u [M, R], s [R], vt [R, N], R = min(M, N). Signs are arbitrary. */
+int32_t qm_svd(const qm_tensor *a, const qm_tensor *u, const qm_tensor *s, const qm_tensor *vt);
+/* Orthonormal basis of the columns: q of the thin QR. f32, a [M, N] with M >= N, q [M, N]. */
+int32_t qm_qr(const qm_tensor *a, const qm_tensor *q);
+
+/* ---- transformer layers: activations float of one type, statistics f32 ---- */
+
+/* sum = x + residual (residual and sum both NULL: sum is x itself);
+** rstd = 1 / sqrt(mean(sum^2) + eps); out = sum * rstd * weight.
+** x, residual, sum, out [R, C]; weight float [C]; rstd f32 [R]. arXiv 1910.07467. */
+int32_t qm_rms_norm(const qm_tensor *x, const qm_tensor *residual, const qm_tensor *weight,
+                    const qm_tensor *sum, const qm_tensor *out, const qm_tensor *rstd, double eps);
+/* dx = the gradient of `sum` through out, plus dsum (or NULL) that reached it directly;
+** dweight f32 [C] or NULL, accumulates. `sum` is the normalised tensor (x, or x + residual). */
+int32_t qm_rms_norm_backward(const qm_tensor *dout, const qm_tensor *sum, const qm_tensor *weight,
+                             const qm_tensor *rstd, const qm_tensor *dsum, const qm_tensor *dx,
+                             const qm_tensor *dweight);
+/* Rotate halves: for i < D/2, (x_i, x_{i+D/2}) turns by the angle whose cos and sin stand at
+** [positions[r], i]; inverse != 0 turns back (the gradient). x, out [R, H, D], may be one tensor;
+** cos, sin f32 [P, D/2]; positions i32 [R], each in [0, P). arXiv 2104.09864, Llama layout. */
+int32_t qm_rope(const qm_tensor *x, const qm_tensor *cos, const qm_tensor *sin,
+                const qm_tensor *positions, const qm_tensor *out, int32_t inverse);
+/* out = silu(gate) * up; same shapes. arXiv 2002.05202. */
+int32_t qm_swiglu(const qm_tensor *gate, const qm_tensor *up, const qm_tensor *out);
+int32_t qm_swiglu_backward(const qm_tensor *dout, const qm_tensor *gate, const qm_tensor *up,
+                           const qm_tensor *dgate, const qm_tensor *dup);
+
+/* Softmax attention over packed sequences, without a T x T matrix (arXiv 2205.14135, 2307.08691).
+** q, out [RQ, H, D]; k, v [RK, HK, D], HK divides H and query head h reads key head h * HK / H;
+** cu_q, cu_k i32 [S + 1]: sequence s holds query rows cu_q[s] .. cu_q[s+1]-1 and key rows
+** cu_k[s] .. cu_k[s+1]-1; ascending from 0 to RQ and RK.
+** causal: the last query of a sequence sees its last key. window > 0: at most so many keys back,
+** itself included. lse f32 [RQ, H]: log of the softmax sum, for the backward pass. */
+typedef struct qm_attention_options {
+  double scale; /* of the scores, usually 1 / sqrt(D) */
+  int32_t causal;
+  int32_t window;
+} qm_attention_options;
+int32_t qm_attention(const qm_tensor *q, const qm_tensor *k, const qm_tensor *v,
+                     const qm_tensor *cu_q, const qm_tensor *cu_k, const qm_tensor *out,
+                     const qm_tensor *lse, const qm_attention_options *options);
+int32_t qm_attention_backward(const qm_tensor *dout, const qm_tensor *q, const qm_tensor *k,
+                              const qm_tensor *v, const qm_tensor *out, const qm_tensor *lse,
+                              const qm_tensor *cu_q, const qm_tensor *cu_k, const qm_tensor *dq,
+                              const qm_tensor *dk, const qm_tensor *dv,
+                              const qm_attention_options *options);
+/* loss[r] = -log softmax(logits[r])[targets[r]]; dlogits = scale * (softmax - onehot), or NULL, may
+** be logits itself. Rows whose target is ignore_index give 0 and no gradient.
+** logits, dlogits float [R, V]; targets i32 [R]; loss f32 [R]. */
+int32_t qm_cross_entropy(const qm_tensor *logits, const qm_tensor *targets, const qm_tensor *loss,
+                         const qm_tensor *dlogits, double scale, int32_t ignore_index);
+
+/* ---- optimizer steps ---- */
+
+/* One Adam step's numbers. `step` counts from 1: it is the step being taken.
+**   m = beta1 m + (1 - beta1) g;  v = beta2 v + (1 - beta2) g g,  g = grad_scale * grad
+**   a = lr * (correct_bias ? sqrt(1 - beta2^step) / (1 - beta1^step) : 1)
+**   u = m / (sqrt(v) + eps);  w = w - a u - lr weight_decay w
+** bf16 moments are rounded stochastically from `noise`. */
+typedef struct qm_adam {
+  double lr, lr_next; /* lr_next: the following step's, for momentum feedback */
+  double beta1, beta2, eps, weight_decay, grad_scale;
+  int64_t step;
+  int32_t correct_bias;
+  qm_noise noise; /* its step and stream are set by the kernel's caller and the kernel */
+} qm_adam;
+/* Dense parameter: param f32 or bf16 (then rounded stochastically), grad float, moments f32 or
+** bf16; all of one shape. exp_avg is m, exp_avg_sq is v. arXiv 1711.05101. */
+int32_t qm_adamw(const qm_tensor *param, const qm_tensor *grad, const qm_tensor *exp_avg,
+                 const qm_tensor *exp_avg_sq, const qm_adam *adam);
+/* The direction alone, for projected gradients: moments as above, update = u; f32. */
+int32_t qm_adam_direction(const qm_tensor *grad, const qm_tensor *exp_avg,
+                          const qm_tensor *exp_avg_sq, const qm_tensor *update,
+                          const qm_adam *adam);
+
+/* ---- quantized parameters: MPQ (layer kind 1) and MBWQ-q (kind 2, one width) ----
+**
+** A weight W [K, N], K inputs (a multiple of 32), N outputs, on groups along K:
+**   asym: W = scales[g] * (q - zero[g]), zeros packed i32 [G, N * w_bit / 32], field = zero - 1
+**   sym:  W = q * scales[g] - zeros[g],  zeros like scales (a product zero); one rounding (fma)
+** Codes lie along K: row p is in word row p / (32 / w_bit), bits w_bit * (p mod (32 / w_bit)).
+** Row p holds feature q_perm[p] (identity without); g = g_idx[feature] where there is a g_idx,
+** else p / group_size. */
+typedef struct qm_mpq {
+  const qm_tensor *data;     /* i32 [K * w_bit / 32, N] */
+  const qm_tensor *scales;   /* float [G, N] */
+  const qm_tensor *zeros;    /* asym: i32 [G, N * w_bit / 32]; sym: float [G, N], scales' type */
+  const qm_tensor *g_idx;    /* i32 [K], or NULL */
+  const qm_tensor *q_perm;   /* i32 [K], a permutation, or NULL */
+  const qm_tensor *residual; /* i32 [K * residual_bits / 32, N], or NULL */
+  int32_t w_bit;             /* 1, 2, 4 or 8 */
+  int32_t residual_bits;     /* 0, 4 or 8: signed r + 2^(bits-1), packed like codes; the stored
+                                weight is q + r / 2^residual_bits grid steps, forward uses q only */
+  int32_t group_size;
+  int32_t asym;
+} qm_mpq;
+
+/* Check every field: shapes, types, G against group_size, g_idx in range, q_perm a permutation. */
+int32_t qm_mpq_validate(const qm_mpq *q);
+/* codes u8 [K, N], in packed order of rows. */
+int32_t qm_mpq_unpack(const qm_mpq *q, const qm_tensor *codes);
+/* w float [K, N], in feature order. with_residual != 0 adds r. */
+int32_t qm_mpq_dequantize(const qm_mpq *q, const qm_tensor *w, int32_t with_residual);
+/* Put w (float [K, N], feature order) on q's grid, writing data (and residual, which keeps what the
+** codes lose). noise NULL: nearest, halves to even; else up with probability equal to the fraction.
+** Values clamp first, so NaN packs as 0. */
+int32_t qm_mpq_pack(const qm_mpq *q, const qm_tensor *w, const qm_noise *noise);
+/* Fit scales and zeros to w, group by group: QM_FIT_MINMAX spans [min, max] (with 0 inside for
+** asym), QM_FIT_MSE then shrinks the span to the least squared error; range multiplies the span. */
+enum { QM_FIT_MINMAX = 0, QM_FIT_MSE = 1 };
+int32_t qm_mpq_fit(const qm_mpq *q, const qm_tensor *w, int32_t method, double range);
+/* GBA's double quantization: out[g, n] = fl(fl(code - zeros[g, d]) * scales[g, d]), d = n / dq,
+** in out's type. codes u8 [G, D, dq]; the nibble that `shift` and `mask` select is the code.
+** zeros, scales of out's type: [G, D] or one row for all groups [1, D]; D * dq = N. out [G, N]. */
+int32_t qm_mpq_prepare(const qm_tensor *codes, int32_t shift, int32_t mask, const qm_tensor *zeros,
+                       const qm_tensor *scales, const qm_tensor *out);
+
+enum { QM_ROUND_NEAREST = 0, QM_ROUND_STOCHASTIC = 1 };
+enum { QM_FEEDBACK_NONE = 0, QM_FEEDBACK_MOMENTUM = 1, QM_FEEDBACK_RESIDUAL = 2 };
+typedef struct qm_mpq_update_options {
+  qm_adam adam;
+  int32_t rounding;
+  int32_t feedback; /* MOMENTUM: arXiv 2601.22101; RESIDUAL needs q's residual */
+} qm_mpq_update_options;
+/* One fused step on the fixed grid: decode, Adam, decay, round, feedback, encode.
+** grad float [K, N] in feature order; exp_avg, exp_avg_sq f32 or bf16 [K, N], or both NULL: then
+** grad is already the direction u (a projector's output). health i64 [4] or NULL, accumulates:
+** elements, codes that moved, values clipped to the grid's ends, non-finite values. */
+int32_t qm_mpq_update(const qm_mpq *q, const qm_tensor *grad, const qm_tensor *exp_avg,
+                      const qm_tensor *exp_avg_sq, const qm_mpq_update_options *options,
+                      const qm_tensor *health);
+/* The original system's step, to the bit: nearest rounding, zeros moved every fifth step, weight
+** decay ignored. grad and direction as above (direction: u already projected back, with exp_avg
+** NULL). zeros are updated in place. f32 arithmetic, rounded to the moments' type after each op. */
+int32_t qm_mpq_update_bie(const qm_mpq *q, const qm_tensor *grad, const qm_tensor *exp_avg,
+                          const qm_tensor *exp_avg_sq, const qm_adam *adam);
+
+/* ---- safetensors ---- */
+
+typedef struct qm_safetensors qm_safetensors; /* handle: a mapped file, checked on opening */
+typedef struct qm_safetensors_writer qm_safetensors_writer;
+
+/* Open and check: header length, JSON, every dtype, shape and offset against the file's length. */
+int32_t qm_safetensors_open(const char *path, qm_safetensors **out);
+void qm_safetensors_release(qm_safetensors *file);
+int64_t qm_safetensors_count(const qm_safetensors *file);
+/* Tensor i's name, and its shape and type in *out (storage NULL). Order of the data. A type we have
+** no tensor for (F64, BOOL) has dtype -1, and cannot be read. */
+int32_t qm_safetensors_entry(const qm_safetensors *file, int64_t index, const char **name,
+                             qm_tensor *out);
+/* The i-th metadata pair, or QM_E_ARGUMENT past the end. */
+int32_t qm_safetensors_metadata(const qm_safetensors *file, int64_t index, const char **key,
+                                const char **value);
+/* Copy tensor i into out, on any device; shape and type must agree. */
+int32_t qm_safetensors_read(const qm_safetensors *file, int64_t index, const qm_tensor *out);
+
+/* Write to a temporary name beside path; commit syncs and renames, release without commit removes.
+** Declare metadata and every tensor first, then write the tensors in the order declared. */
+int32_t qm_safetensors_create(const char *path, qm_safetensors_writer **out);
+int32_t qm_safetensors_add_metadata(qm_safetensors_writer *writer, const char *key,
+                                    const char *value);
+int32_t qm_safetensors_add(qm_safetensors_writer *writer, const char *name, const qm_tensor *like);
+int32_t qm_safetensors_write(qm_safetensors_writer *writer, const qm_tensor *x);
+int32_t qm_safetensors_commit(qm_safetensors_writer *writer);
+void qm_safetensors_writer_release(qm_safetensors_writer *writer);
+/* cdef: end */
+#pragma GCC visibility pop
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,59 @@
+/* vector.h - loading, storing and exp for loops that the compiler vectorizes.
+**
+** A kernel works through rows in blocks of f32 on the stack: expand a block, compute, narrow it. */
+#ifndef QM_CPU_VECTOR_H
+#define QM_CPU_VECTOR_H
+
+#include "cpu/cpu.h"
+
+/* Elements a block holds: 2 KiB of f32, so that a handful of blocks stays in the first-level cache. */
+enum { QM_BLOCK = 512 };
+#define QM_MIN(a, b) ((a) < (b) ? (a) : (b))
+
+/* n elements of a float type from data + i to f32, and back. */
+static inline void qm_expand(float *restrict out, const void *data, int32_t dtype, int64_t i,
+                             int64_t n) {
+  if (dtype == QM_F32) {
+    memcpy(out, (const float *)data + i, (size_t)n * sizeof *out);
+  } else if (dtype == QM_BF16) {
+    const uint16_t *restrict x = (const uint16_t *)data + i;
+    for (int64_t j = 0; j < n; j++) out[j] = qm_from_bf16(x[j]);
+  } else {
+    const uint16_t *restrict x = (const uint16_t *)data + i;
+    for (int64_t j = 0; j < n; j++) out[j] = qm_from_f16(x[j]);
+  }
+}
+static inline void qm_narrow(const float *restrict x, void *data, int32_t dtype, int64_t i,
+                             int64_t n) {
+  if (dtype == QM_F32) {
+    memcpy((float *)data + i, x, (size_t)n * sizeof *x);
+  } else if (dtype == QM_BF16) {
+    uint16_t *restrict out = (uint16_t *)data + i;
+    for (int64_t j = 0; j < n; j++) out[j] = qm_to_bf16(x[j]);
+  } else {
+    uint16_t *restrict out = (uint16_t *)data + i;
+    for (int64_t j = 0; j < n; j++) out[j] = qm_to_f16(x[j]);
+  }
+}
+
+/* exp to 2 ulp over the range where it is a normal number, 0 below and infinity above it.
+** exp(x) = 2^n exp(r), |r| <= ln 2 / 2, by a degree-6 polynomial (Cephes' expf). */
+static inline float qm_expf(float x) {
+  const float low = -87.3f, high = 88.7f;
+  const float clamped = x < low ? low : x > high ? high : x;
+  const float n = __builtin_rintf(clamped * 1.44269504088896341f);
+  float r = QM_FMA(n, -0.693359375f, clamped);
+  r = QM_FMA(n, 2.12194440e-4f, r);
+  float p = 1.9875691500e-4f;
+  p = QM_FMA(p, r, 1.3981999507e-3f);
+  p = QM_FMA(p, r, 8.3334519073e-3f);
+  p = QM_FMA(p, r, 4.1665795894e-2f);
+  p = QM_FMA(p, r, 1.6666665459e-1f);
+  p = QM_FMA(p, r, 5.0000001201e-1f);
+  p = QM_FMA(p, r * r, r + 1.0f);
+  const float scaled = p * qm_bits_float((uint32_t)((int32_t)n + 127) << 23);
+  const float finite = x < low ? 0.0f : scaled;
+  return x > high ? __builtin_inff() : x == x ? finite : x;
+}
+
+#endif

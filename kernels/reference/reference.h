@@ -1,0 +1,26 @@
+/* reference.h - the reference kernels: plain C, complete, the oracle of every spec. */
+#ifndef QM_REFERENCE_H
+#define QM_REFERENCE_H
+
+#include <math.h>
+
+#include "backend.h"
+#include "dtype.h"
+#include "philox.h"
+
+#define X(name) int32_t qm_reference_##name(void *context, const qm_##name##_args *args);
+QM_KERNEL_LIST(X)
+#undef X
+
+extern const qm_host *qm_reference_host;
+/* The complete table; the CPU's begins as its copy. */
+extern const qm_kernels qm_reference_kernels;
+
+/* Host memory for host backends: 64-byte aligned, huge pages where they help. */
+int32_t qm_reference_allocate(void *context, int64_t size_bytes, void **memory);
+void qm_reference_release(void *context, void *memory, int64_t size_bytes);
+int32_t qm_reference_write(void *context, void *out, const void *host, int64_t size_bytes);
+int32_t qm_reference_read(void *context, const void *x, void *host, int64_t size_bytes);
+int32_t qm_reference_sync(void *context);
+
+#endif

@@ -1,0 +1,449 @@
+---Tensors: creation, views, moving data, releasing memory. Arithmetic lives in ops/, which adds its
+---methods to this class. Only this module and ffi.lua hold pointers.
+
+local ffi = require("ffi")
+local binding = require("quartermoon.ffi")
+local check = require("quartermoon.check")
+local devices = require("quartermoon.device")
+local lib = binding.lib
+
+---A dense array on one device, row-major, up to four dimensions.
+---@class qm.Tensor
+---@field shape integer[]     extents
+---@field dtype string        "f32", "f16", "bf16", "i8", "u8", "i16", "i32", "i64"
+---@field device qm.Device
+---@field requires_grad boolean|nil  a leaf whose gradient backward() collects
+---@field grad qm.Tensor|nil  that gradient
+local Tensor = {}
+Tensor.__index = Tensor
+
+local M = { Tensor = Tensor }
+
+local DTYPE = {}
+local ELEMENT = { f32 = "float", f16 = "uint16_t", bf16 = "uint16_t", i8 = "int8_t", u8 = "uint8_t",
+  i16 = "int16_t", i32 = "int32_t", i64 = "int64_t" }
+local DTYPE_NAME, DTYPE_SIZE, DTYPE_NAMES = {}, {}, {}
+for id = 0, tonumber(ffi.C.QM_DTYPE_COUNT) - 1 do
+  local name = ffi.string(lib.qm_dtype_name(id))
+  DTYPE[name], DTYPE_NAME[id], DTYPE_SIZE[name] = id, name, lib.qm_dtype_size(id)
+  DTYPE_NAMES[id + 1] = name
+end
+M.dtype_size, M.dtype_id, M.dtype_name = DTYPE_SIZE, DTYPE, DTYPE_NAME
+
+---------------------------------------------------------------------------------------------------
+-- Scopes: tensors made inside are released at the end. Lua's collector does not see device memory,
+-- so nothing may depend on it.
+---------------------------------------------------------------------------------------------------
+
+local scope -- the innermost open scope: a list of the tensors made in it
+
+---Do not release this tensor at the end of the scope (or by backward()); it is a parameter, a
+---state, something that stays.
+---@return qm.Tensor self
+function Tensor:keep()
+  self.kept = true
+  return self
+end
+
+local function spare(value, spared)
+  if type(value) ~= "table" then return end
+  if rawget(value, "desc") then
+    spared[value] = true
+  elseif not spared[value] then
+    spared[value] = true
+    for _, item in pairs(value) do spare(item, spared) end
+  end
+end
+
+local function close_scope(outer, ok, ...)
+  local made, spared = scope, {}
+  scope = outer
+  if not ok then
+    for i = 1, #made do if not made[i].kept then made[i]:free() end end
+    error((...), 0)
+  end
+  for i = 1, select("#", ...) do spare((select(i, ...)), spared) end
+  for i = 1, #made do
+    local tensor = made[i]
+    if spared[tensor] then
+      if outer then outer[#outer + 1] = tensor end
+    elseif not tensor.kept then
+      tensor:free()
+    end
+  end
+  return ...
+end
+
+---Run `body` and release every tensor made inside that it does not return (directly or inside
+---returned tables) and that was not kept with `:keep()`.
+---@param body function
+---@return any ...  what body returns
+function M.scope(body, ...)
+  check.type("qm.scope", "body", body, "function")
+  local outer = scope
+  scope = {}
+  return close_scope(outer, pcall(body, ...))
+end
+
+---------------------------------------------------------------------------------------------------
+-- Creation
+---------------------------------------------------------------------------------------------------
+
+local function wrap(storage, device, dtype, shape, offset_bytes)
+  local desc = ffi.new("qm_tensor")
+  desc.storage, desc.offset_bytes, desc.ndim, desc.dtype = storage, offset_bytes, #shape, DTYPE[dtype]
+  for i = 1, #shape do desc.shape[i - 1] = shape[i] end
+  local tensor = setmetatable({ desc = desc, storage = storage, device = device, dtype = dtype, shape = shape },
+    Tensor)
+  if scope then scope[#scope + 1] = tensor end
+  return tensor
+end
+
+local function count_of(shape)
+  local count = 1
+  for i = 1, #shape do count = count * shape[i] end
+  return count
+end
+
+local out_storage = ffi.new("qm_storage *[1]")
+
+---Fresh storage; when memory is short, collect twice and try once more.
+local function create_storage(name, device, size_bytes)
+  local status = lib.qm_storage_create(device.handle, size_bytes, out_storage)
+  if status == ffi.C.QM_E_MEMORY then
+    collectgarbage()
+    collectgarbage()
+    status = lib.qm_storage_create(device.handle, size_bytes, out_storage)
+  end
+  binding.check(status, name)
+  return ffi.gc(out_storage[0], lib.qm_storage_release)
+end
+
+local function check_shape(name, shape)
+  if type(shape) == "number" then shape = { shape } end
+  check.type(name, "shape", shape, "table")
+  if #shape > tonumber(ffi.C.QM_DIMS_MAX) then check.fail(name, "shape", "at most 4 dimensions", #shape) end
+  local copy, count = {}, 1
+  for i = 1, #shape do
+    copy[i] = check.integer(name, "shape", shape[i], 0)
+    count = count * copy[i]
+  end
+  if count > 2 ^ 50 then check.fail(name, "shape", "at most 2^50 elements", count) end
+  return copy
+end
+
+local TENSOR_OPTIONS = { dtype = "f32", device = check.optional, requires_grad = false }
+
+local function new(name, shape, options)
+  options = check.options(name, options, TENSOR_OPTIONS)
+  check.one_of(name, "dtype", options.dtype, DTYPE_NAMES)
+  local device = devices.resolve(name, options.device)
+  shape = check_shape(name, shape)
+  local tensor = wrap(create_storage(name, device, count_of(shape) * DTYPE_SIZE[options.dtype]), device,
+    options.dtype, shape, 0)
+  if options.requires_grad then tensor:requires_gradient() end
+  return tensor
+end
+
+---An uninitialised tensor.
+---@param shape integer|integer[]
+---@param options table|nil  { dtype = "f32", device = default, requires_grad = false }
+---@return qm.Tensor
+function M.empty(shape, options) return new("qm.empty", shape, options) end
+
+---@param value number
+function M.full(shape, value, options)
+  check.type("qm.full", "value", value, "number")
+  local tensor = new("qm.full", shape, options)
+  binding.check(lib.qm_fill(tensor.desc, value), "qm.full")
+  return tensor
+end
+function M.zeros(shape, options) return M.full(shape, 0, options) end
+function M.ones(shape, options) return M.full(shape, 1, options) end
+
+---Extents of a nested table of numbers; raises where it is ragged.
+local function measure(name, data)
+  local shape, level = {}, data
+  while type(level) == "table" do
+    shape[#shape + 1] = #level
+    level = level[1]
+  end
+  if #shape > 4 then check.fail(name, "data", "at most 4 levels of tables", data) end
+  return shape
+end
+
+local function flatten(name, data, shape, depth, buffer, at)
+  if depth > #shape then
+    if type(data) ~= "number" then check.fail(name, "data", "numbers", data) end
+    buffer[at] = data
+    return at + 1
+  end
+  if type(data) ~= "table" or #data ~= shape[depth] then
+    check.fail(name, "data", "rows of one length", type(data) == "table" and #data or data)
+  end
+  for i = 1, #data do at = flatten(name, data[i], shape, depth + 1, buffer, at) end
+  return at
+end
+
+---A tensor from a number or nested tables of numbers: qm.tensor({{1, 2}, {3, 4}}).
+---@param data number|table
+---@param options table|nil  { dtype = "f32", device = default, requires_grad = false }
+function M.tensor(data, options)
+  local name = "qm.tensor"
+  if type(data) ~= "number" and type(data) ~= "table" then check.fail(name, "data", "a number or a table", data) end
+  options = check.options(name, options, TENSOR_OPTIONS)
+  check.one_of(name, "dtype", options.dtype, DTYPE_NAMES)
+  local shape = type(data) == "number" and {} or measure(name, data)
+  local half = options.dtype == "f16" or options.dtype == "bf16"
+  local host_dtype = half and "f32" or options.dtype
+  local count = count_of(shape)
+  local buffer = ffi.new(ELEMENT[host_dtype] .. "[?]", math.max(count, 1))
+  flatten(name, data, shape, 1, buffer, 0)
+  local tensor = new(name, shape, { dtype = host_dtype, device = options.device })
+  binding.check(lib.qm_write(tensor.desc, buffer, count * DTYPE_SIZE[host_dtype]), name)
+  if half then
+    local converted = tensor:to(options.dtype)
+    tensor:free()
+    tensor = converted
+  end
+  if options.requires_grad then tensor:requires_gradient() end
+  return tensor
+end
+
+---The integers (or numbers) start, start + step, ... up to and including stop.
+function M.arange(start, stop, options, step)
+  step = step or 1
+  check.number("qm.arange", "start", start)
+  check.number("qm.arange", "stop", stop)
+  if check.number("qm.arange", "step", step) == 0 then check.fail("qm.arange", "step", "a step other than 0", step) end
+  local values = {}
+  for value = start, stop, step do values[#values + 1] = value end
+  return M.tensor(values, options)
+end
+
+---A string's bytes as a u8 tensor [#text].
+function M.from_string(text, options)
+  check.type("qm.from_string", "text", text, "string")
+  options = check.options("qm.from_string", options, { device = check.optional })
+  local tensor = new("qm.from_string", { #text }, { dtype = "u8", device = options.device })
+  binding.check(lib.qm_write(tensor.desc, text, #text), "qm.from_string")
+  return tensor
+end
+
+---A file's bytes as a read-only tensor, mapped: nothing is read before it is used.
+---@param path string
+---@param dtype string|nil  element type, default u8; the file's length must be a multiple of it
+---@param device string|qm.Device|nil  a host device; default "cpu"
+---@return qm.Tensor [elements]
+function M.map_file(path, dtype, device)
+  local name = "qm.map_file"
+  check.type(name, "path", path, "string")
+  dtype = check.one_of(name, "dtype", dtype or "u8", DTYPE_NAMES)
+  device = devices.resolve(name, device or "cpu")
+  binding.check(lib.qm_storage_map(device.handle, path, out_storage), name)
+  local storage = ffi.gc(out_storage[0], lib.qm_storage_release)
+  local size_bytes = tonumber(lib.qm_storage_size(storage))
+  if size_bytes % DTYPE_SIZE[dtype] ~= 0 then
+    binding.raise(("%s: %s: %d bytes are no whole number of %s"):format(name, path, size_bytes, dtype))
+  end
+  return wrap(storage, device, dtype, { size_bytes / DTYPE_SIZE[dtype] }, 0)
+end
+
+---An uninitialised tensor like this one.
+---@param dtype string|nil  default: this tensor's
+function Tensor:empty_like(dtype)
+  return new("empty_like", self.shape, { dtype = dtype or self.dtype, device = self.device })
+end
+function Tensor:zeros_like(dtype) return self:empty_like(dtype):fill(0) end
+
+---------------------------------------------------------------------------------------------------
+-- Views, copies, release
+---------------------------------------------------------------------------------------------------
+
+function Tensor:alive(name)
+  if self.storage == nil then
+    binding.raise(name .. ": this tensor was freed (by :free(), the end of its scope, or backward(); "
+      .. ":keep() prevents the last two)")
+  end
+  return self
+end
+
+local function view(self, shape, offset_bytes)
+  lib.qm_storage_retain(self.storage)
+  -- By way of void *, because a cast to the same type would return the same object and its finalizer.
+  local storage = ffi.cast("qm_storage *", ffi.cast("void *", self.storage))
+  return wrap(ffi.gc(storage, lib.qm_storage_release), self.device, self.dtype, shape, offset_bytes)
+end
+
+---A second tensor on the same memory, released on its own.
+function Tensor:share()
+  self:alive("share")
+  return view(self, self.shape, self.desc.offset_bytes)
+end
+
+---Release the memory now. Freeing twice is harmless; using the tensor afterwards is an error.
+function Tensor:free()
+  if self.storage == nil then return end
+  lib.qm_storage_release(ffi.gc(self.storage, nil))
+  self.storage, self.desc.storage, self.node = nil, nil, nil
+end
+
+---How many tensors share this memory.
+function Tensor:references() return lib.qm_storage_references(self:alive("references").storage) end
+
+function Tensor:count() return count_of(self.shape) end
+function Tensor:size_bytes() return self:count() * DTYPE_SIZE[self.dtype] end
+function Tensor:dims() return #self.shape end
+
+---Views for the differentiable reshape and narrow of ops/shape.lua.
+function Tensor:view_as(name, shape)
+  self:alive(name)
+  shape = check_shape(name, shape)
+  if count_of(shape) ~= self:count() then
+    check.fail(name, "shape", ("a shape of %d elements"):format(self:count()), count_of(shape))
+  end
+  return view(self, shape, self.desc.offset_bytes)
+end
+
+function Tensor:view_rows(name, first, length)
+  self:alive(name)
+  if #self.shape == 0 then check.fail(name, "self", "at least one dimension", self) end
+  local rows = self.shape[1]
+  check.integer(name, "first", first, 1, rows + 1)
+  check.integer(name, "length", length, 0, rows - first + 1)
+  local shape = { length }
+  for i = 2, #self.shape do shape[i] = self.shape[i] end
+  local row_bytes = rows == 0 and 0 or self:size_bytes() / rows
+  return view(self, shape, self.desc.offset_bytes + (first - 1) * row_bytes)
+end
+
+---Overwrite with `value`. @return qm.Tensor self
+function Tensor:fill(value)
+  check.type("fill", "value", value, "number")
+  binding.check(lib.qm_fill(self:alive("fill").desc, value), "fill")
+  return self
+end
+
+---Overwrite with another tensor's values, converting types. @return qm.Tensor self
+function Tensor:copy(source)
+  binding.check(lib.qm_copy(check.desc("copy", "source", source), self:alive("copy").desc), "copy")
+  return self
+end
+
+---A copy of another type or on another device (not differentiable: see qm.cast).
+---@param target string|qm.Device  an element type, a device or its name
+function Tensor:to(target)
+  if type(target) == "string" and DTYPE[target] then
+    return new("to", self.shape, { dtype = target, device = self.device }):copy(self)
+  end
+  return new("to", self.shape, { dtype = self.dtype, device = devices.resolve("to", target) }):copy(self)
+end
+function Tensor:clone() return self:empty_like():copy(self) end
+
+---------------------------------------------------------------------------------------------------
+-- Reading back
+---------------------------------------------------------------------------------------------------
+
+---The elements in host memory as cdata, and their count. 16-bit floats come as f32.
+function Tensor:host()
+  self:alive("host")
+  local source = self
+  if self.dtype == "f16" or self.dtype == "bf16" then source = self:to("f32") end
+  local count = self:count()
+  local buffer = ffi.new(ELEMENT[source.dtype] .. "[?]", math.max(count, 1))
+  binding.check(lib.qm_read(source.desc, buffer, count * DTYPE_SIZE[source.dtype]), "host")
+  if source ~= self then source:free() end
+  return buffer, count
+end
+
+---The tensor's bytes as a Lua string.
+function Tensor:bytes()
+  self:alive("bytes")
+  local size_bytes = self:size_bytes()
+  local buffer = ffi.new("uint8_t[?]", math.max(size_bytes, 1))
+  binding.check(lib.qm_read(self.desc, buffer, size_bytes), "bytes")
+  return ffi.string(buffer, size_bytes)
+end
+
+local function nest(buffer, shape, depth, at)
+  if depth > #shape then return tonumber(buffer[at]), at + 1 end
+  local rows = {}
+  for i = 1, shape[depth] do rows[i], at = nest(buffer, shape, depth + 1, at) end
+  return rows, at
+end
+
+---Nested tables of numbers (a number for a tensor without dimensions). Waits for the device.
+function Tensor:totable()
+  local buffer = self:host()
+  return (nest(buffer, self.shape, 1, 0))
+end
+
+---The only element, as a number. Waits for the device.
+function Tensor:item()
+  if self:count() ~= 1 then check.fail("item", "self", "a tensor of one element", self) end
+  return tonumber(self:host()[0])
+end
+
+---One element by its indices, from 1.
+function Tensor:at(...)
+  local at = 0
+  if select("#", ...) ~= #self.shape then
+    check.fail("at", "indices", #self.shape .. " indices", select("#", ...))
+  end
+  for i = 1, #self.shape do
+    at = at * self.shape[i] + check.integer("at", "index " .. i, (select(i, ...)), 1, self.shape[i]) - 1
+  end
+  local element = self:view_as("at", { self:count() }):view_rows("at", at + 1, 1)
+  local value = element:item()
+  element:free()
+  return value
+end
+
+---Make this a leaf whose gradient backward() collects in `.grad`. @return qm.Tensor self
+function Tensor:requires_gradient()
+  if self.dtype ~= "f32" and self.dtype ~= "bf16" and self.dtype ~= "f16" then
+    check.fail("requires_gradient", "self", "a float tensor", self)
+  end
+  self.requires_grad = true
+  return self:keep()
+end
+
+function Tensor:zero_grad()
+  if self.grad then self.grad:free() end
+  self.grad = nil
+end
+
+---------------------------------------------------------------------------------------------------
+-- Printing
+---------------------------------------------------------------------------------------------------
+
+function Tensor.describe(tensor)
+  return ("qm.Tensor %s [%s]%s"):format(tensor.dtype, table.concat(tensor.shape, ", "),
+    tensor.storage == nil and ", freed" or "")
+end
+
+local function format_row(values, first, last, shown)
+  local words = {}
+  for i = first, math.min(last, first + shown - 1) do words[#words + 1] = ("%9.4g"):format(values[i]) end
+  if last - first + 1 > shown then words[#words + 1] = "..." end
+  return table.concat(words, " ")
+end
+
+---Header line, then at most eight rows of eight.
+function Tensor:__tostring()
+  local header = Tensor.describe(self) .. (self.device.name ~= "cpu" and " on " .. tostring(self.device) or "")
+  if self.storage == nil then return header end
+  local buffer, count = self:host()
+  if count == 0 then return header end
+  if #self.shape == 0 then return header .. ": " .. tostring(tonumber(buffer[0])) end
+  local values = setmetatable({}, { __index = function(_, i) return tonumber(buffer[i]) end })
+  local columns = self.shape[#self.shape]
+  local rows, lines = count / columns, { header }
+  for row = 0, math.min(rows, 8) - 1 do
+    lines[#lines + 1] = format_row(values, row * columns, (row + 1) * columns - 1, 8)
+  end
+  if rows > 8 then lines[#lines + 1] = ("... (%d rows)"):format(rows) end
+  return table.concat(lines, "\n")
+end
+
+return M

@@ -1,0 +1,76 @@
+-- premake5.lua - every build product, one place.
+--
+--   premake5 gmake                        (or Debian's: premake4 --file=premake5.lua gmake)
+--   make -C build/make config=release     (or debug, asan; CC=clang works too)
+--
+-- One shared library comes out: build/<config>/libquartermoon.so, the engine with the reference and
+-- the CPU kernels. The CPU kernels are compiled once per instruction-set level and chosen at run time.
+
+workspace = workspace or solution -- premake 4.3 says solution and configuration,
+local when = filter or configuration -- premake 5 says workspace and filter
+
+local function machine()
+  local pipe = io.popen("uname -m")
+  local name = pipe:read("*l")
+  pipe:close()
+  return name
+end
+
+-- Instruction-set levels of the CPU kernels: name, compiler options.
+local levels = { { "base", {} } }
+if machine() == "x86_64" then
+  levels[2] = { "v3", { "-march=x86-64-v3" } }
+  levels[3] = { "v4", { "-march=x86-64-v4", "-mprefer-vector-width=512" } }
+end
+
+workspace "quartermoon"
+  configurations { "release", "debug", "asan" }
+  location "build/make"
+  language "C"
+  includedirs { "engine", "kernels" }
+  -- -ffp-contract=off: every backend must round alike; kernels that gain from fma say fma.
+  buildoptions {
+    "-std=c11", "-D_GNU_SOURCE", "-fPIC", "-fvisibility=hidden", "-fopenmp",
+    "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
+    "-Wall", "-Wextra", "-Wpedantic", "-Wshadow", "-Wconversion", "-Wstrict-prototypes",
+    "-Wmissing-prototypes", "-Wdouble-promotion", "-Werror",
+  }
+  linkoptions { "-fopenmp" }
+  when "release"
+    buildoptions { "-O3", "-g1" }
+    targetdir "build/release"
+  when "debug"
+    buildoptions { "-O0", "-g", "-DQM_DEBUG" }
+    targetdir "build/debug"
+  when "asan"
+    buildoptions { "-O1", "-g", "-DQM_DEBUG", "-fsanitize=address,undefined", "-fno-omit-frame-pointer",
+      "-fno-sanitize-recover=undefined" }
+    linkoptions { "-fsanitize=address,undefined" }
+    targetdir "build/asan"
+
+-- Premake 4.3 names objects after their source alone, so each folder is a library of its own.
+local parts = {}
+local function part(name, sources)
+  parts[#parts + 1] = name
+  project(name)
+    kind "StaticLib"
+    files { sources }
+end
+
+for _, level in ipairs(levels) do
+  part("cpu_" .. level[1], "kernels/cpu/level/*.c")
+  buildoptions(level[2])
+  defines { "QM_CPU_LEVEL=" .. level[1] }
+end
+part("cpu", "kernels/cpu/*.c")
+part("reference", "kernels/reference/*.c")
+part("unfinished", "kernels/unfinished/*.c") -- TEMPORARY
+
+project "quartermoon"
+  kind "SharedLib"
+  files { "engine/*.c" }
+  linkoptions { "-Wl,--start-group" } -- the CPU kernels and the reference call each other
+  links(parts)
+  links { "dnnl", "lapacke", "jansson", "dl", "m" }
+  -- nodelete: Lua may drop the library before the last finalizer that calls it has run.
+  linkoptions { "-Wl,--no-undefined", "-Wl,-z,nodelete", "-Wl,-soname,libquartermoon.so.1" }

@@ -1,0 +1,95 @@
+-- What specs share: random tensors, comparison with the reference backend, numerical gradients.
+local qm = require("quartermoon")
+
+local M = {}
+
+---The device under test: $QM_DEVICE, default cpu.
+M.device = os.getenv("QM_DEVICE") or "cpu"
+
+---Values of two tensors differ by at most `tolerance`, relative to the largest expected magnitude.
+function M.assert_close(expected, actual, tolerance, what)
+  assert(#expected.shape == #actual.shape, "different number of dimensions")
+  for i = 1, #expected.shape do assert(expected.shape[i] == actual.shape[i], "different shapes") end
+  local a, count = expected:host()
+  local b = actual:host()
+  local largest, worst, at = 1e-30, 0, 0
+  for i = 0, count - 1 do
+    largest = math.max(largest, math.abs(tonumber(a[i])))
+    local difference = math.abs(tonumber(a[i]) - tonumber(b[i]))
+    if not (difference <= worst) then worst, at = difference, i end
+  end
+  if not (worst <= tolerance * largest) then
+    error(("%s: element %d: expected %.7g, got %.7g; off by %.3g of the largest, allowed %.3g"):format(
+      what or "values differ", at, tonumber(a[at]), tonumber(b[at]), worst / largest, tolerance), 2)
+  end
+end
+
+---Every element equal, to the bit.
+function M.assert_equal(expected, actual, what)
+  if expected:bytes() ~= actual:bytes() then
+    M.assert_close(expected, actual, 0, what)
+    error((what or "tensors") .. ": the bits differ", 2)
+  end
+end
+
+---The same call on the reference backend and on the device under test.
+---@param inputs qm.Tensor[]  on the reference device
+---@param call function  (tensors...) -> tensors
+---@return table expected, table actual  lists of tensors
+function M.both(inputs, call)
+  local moved = {}
+  for i, input in ipairs(inputs) do moved[i] = input:to(M.device) end
+  return { call(unpack(inputs)) }, { call(unpack(moved)) }
+end
+
+---Check the gradients of `fn` (tensors -> one tensor, any shape) by central differences, on the
+---reference device in f32: d sum(out * weights) / d input against backward().
+---@param fn function
+---@param inputs qm.Tensor[]  f32 on the reference device; those with requires_grad are checked
+---@param options table|nil  { step = 1e-2, tolerance = 2e-3 }
+function M.check_gradients(fn, inputs, options)
+  options = options or {}
+  local step, tolerance = options.step or 1e-2, options.tolerance or 2e-3
+  local out = fn(unpack(inputs))
+  local weights = qm.randn(out.shape, { device = "reference" })
+  local function value()
+    return qm.no_grad(function()
+      local y, w = fn(unpack(inputs)), weights
+      local a, count = y:host()
+      local b = w:host()
+      local sum = 0
+      for i = 0, count - 1 do sum = sum + tonumber(a[i]) * tonumber(b[i]) end
+      y:free()
+      return sum
+    end)
+  end
+  local seed_grad = out.dtype == "f32" and weights or weights:to(out.dtype)
+  out:backward(seed_grad)
+  for index, input in ipairs(inputs) do
+    if input.requires_grad then
+      local analytic = assert(input.grad, "input " .. index .. " got no gradient"):host()
+      local buffer, count = input:host()
+      local numeric, largest = {}, 1e-6
+      for i = 0, count - 1 do
+        local saved = tonumber(buffer[i])
+        local flat = input:view_as("check_gradients", { count }):view_rows("check_gradients", i + 1, 1)
+        flat:fill(saved + step)
+        local up = value()
+        flat:fill(saved - step)
+        local down = value()
+        flat:fill(saved)
+        flat:free()
+        numeric[i] = (up - down) / (2 * step)
+        largest = math.max(largest, math.abs(numeric[i]))
+      end
+      for i = 0, count - 1 do
+        local difference = math.abs(numeric[i] - tonumber(analytic[i]))
+        assert(difference <= tolerance * largest, ("input %d, element %d: numeric %.6g, backward %.6g"):format(
+          index, i, numeric[i], tonumber(analytic[i])))
+      end
+      input:zero_grad()
+    end
+  end
+end
+
+return M
