@@ -57,19 +57,18 @@ local function part(name, sources)
     files { sources }
 end
 
+part("cpu", "kernels/cpu/*.c") -- calls the levels, which call the reference
 for _, level in ipairs(levels) do
   part("cpu_" .. level[1], "kernels/cpu/level/*.c")
   buildoptions(level[2])
   defines { "QM_CPU_LEVEL=" .. level[1] }
 end
-part("cpu", "kernels/cpu/*.c")
 part("reference", "kernels/reference/*.c")
 part("unfinished", "kernels/unfinished/*.c") -- TEMPORARY
 
 project "quartermoon"
   kind "SharedLib"
   files { "engine/*.c" }
-  linkoptions { "-Wl,--start-group" } -- the CPU kernels and the reference call each other
   links(parts)
   links { "dnnl", "lapacke", "jansson", "dl", "m" }
   -- nodelete: Lua may drop the library before the last finalizer that calls it has run.

@@ -16,9 +16,9 @@ function M.assert_close(expected, actual, tolerance, what)
   for i = 0, count - 1 do
     largest = math.max(largest, math.abs(tonumber(a[i])))
     local difference = math.abs(tonumber(a[i]) - tonumber(b[i]))
-    if not (difference <= worst) then worst, at = difference, i end
+    if difference > worst or difference ~= difference then worst, at = difference, i end
   end
-  if not (worst <= tolerance * largest) then
+  if worst > tolerance * largest or worst ~= worst then
     error(("%s: element %d: expected %.7g, got %.7g; off by %.3g of the largest, allowed %.3g"):format(
       what or "values differ", at, tonumber(a[at]), tonumber(b[at]), worst / largest, tolerance), 2)
   end
