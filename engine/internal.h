@@ -82,6 +82,7 @@ typedef struct qm__call {
   qm_device *device; /* the first operand's */
   int32_t status;
   int32_t operand_count, size_count;
+  double started; /* when the kernel began, while a profile runs */
   struct {
     const char *name;
     const char *begin, *end;
@@ -117,11 +118,20 @@ int64_t qm__count(const qm_tensor *x);
 int32_t qm__finish(qm__call *call);
 int32_t qm__unsupported(const qm__call *call, const char *kernel);
 
+/* ---- profile.c ---- */
+
+/* Now, in seconds, while a profile runs; else 0. */
+double qm__profile_clock(void);
+/* Book one kernel call that started then; returns status. */
+int32_t qm__profile_book(const char *kernel, double started, int32_t status);
+
 /* Run one kernel of the call's device, or say why not. */
 #define QM__DISPATCH(call, kernel, args)                                                           \
-  (qm__finish(&(call))                      ? (call).status                                        \
-   : (call).device->backend->kernels.kernel ? (call).device->backend->kernels.kernel(              \
-                                                (call).device->context, (args))                    \
-                                            : qm__unsupported(&(call), #kernel))
+  (qm__finish(&(call)) ? (call).status                                                             \
+   : (call).device->backend->kernels.kernel                                                        \
+       ? ((call).started = qm__profile_clock(),                                                    \
+          qm__profile_book(#kernel, (call).started,                                                \
+                           (call).device->backend->kernels.kernel((call).device->context, (args)))) \
+       : qm__unsupported(&(call), #kernel))
 
 #endif

@@ -113,6 +113,21 @@ int32_t qm_device_set_limit(qm_device *device, int64_t limit_bytes);
 int32_t qm_device_reset_peak(qm_device *device);
 int32_t qm_device_empty_cache(qm_device *device);
 
+/* ---- profile: wall time per kernel, of this process ---- */
+
+typedef struct qm_profile_entry {
+  char kernel[32];
+  int64_t calls;
+  double seconds;
+} qm_profile_entry;
+
+/* Seconds since some fixed moment; never jumps back. */
+double qm_clock(void);
+/* Forget what was booked and book from now on (1), or stop booking (0). */
+int32_t qm_profile_enable(int32_t on);
+/* The i-th kernel that ran, or QM_E_ARGUMENT past the end. */
+int32_t qm_profile_get(int32_t index, qm_profile_entry *out);
+
 /* ---- storage ---- */
 
 int32_t qm_storage_create(qm_device *device, int64_t size_bytes, qm_storage **out);

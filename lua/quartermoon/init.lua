@@ -30,7 +30,7 @@ for _, name in ipairs({ "layers" }) do
 end
 
 -- Modules that load when first named: qm.nn is require("quartermoon.nn").
-local MODULES = { nn = true, models = true, optim = true, schedule = true, projector = true, data = true,
+local MODULES = { clock = true, options = true, progress = true, nn = true, models = true, optim = true, schedule = true, projector = true, data = true,
   tokenizer = true, checkpoints = true, safetensors = true, plot = true, repl = true, cli = true }
 
 return setmetatable(qm, { __index = function(_, key)
@@ -38,6 +38,9 @@ return setmetatable(qm, { __index = function(_, key)
     local module = require("quartermoon." .. key)
     rawset(qm, key, module)
     return module
+  elseif key == "profile" then
+    rawset(qm, key, require("quartermoon.profile").profile)
+    return qm.profile
   elseif key == "QParam" then
     rawset(qm, key, require("quartermoon.qparam").QParam)
     return qm.QParam
