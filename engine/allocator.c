@@ -59,10 +59,11 @@ void qm__allocator_close(qm__allocator *allocator) {
 
 static int32_t refuse(const qm__allocator *allocator, int64_t size_bytes) {
   const qm_memory *m = &allocator->memory;
-  return qm__fail(QM_E_MEMORY,
-                  "out of memory on %s: asked for %lld bytes with %lld live (peak %lld, limit %lld)",
-                  allocator->backend->name, (long long)size_bytes, (long long)m->live_bytes,
-                  (long long)m->peak_bytes, (long long)m->limit_bytes);
+  return qm__fail(
+      QM_E_MEMORY,
+      "out of memory on %s: asked for %lld bytes with %lld live (peak %lld, limit %lld)",
+      allocator->backend->name, (long long)size_bytes, (long long)m->live_bytes,
+      (long long)m->peak_bytes, (long long)m->limit_bytes);
 }
 
 static int32_t allocate_locked(qm__allocator *allocator, int64_t size_bytes, void **memory,

@@ -46,8 +46,9 @@ static const qm_backend *find_backend(const char *name) {
                                                              : load_backend(name);
   if (backend == NULL) return NULL;
   if (backend->version != QM_BACKEND_VERSION || backend->struct_size != sizeof(qm_backend)) {
-    qm__fail(QM_E_DEVICE, "backend '%s' was built for version %u, this engine is version %d: rebuild",
-             name, backend->version, QM_BACKEND_VERSION);
+    qm__fail(QM_E_DEVICE,
+             "backend '%s' was built for version %u, this engine is version %d: rebuild", name,
+             backend->version, QM_BACKEND_VERSION);
     return NULL;
   }
   return backend;
@@ -86,7 +87,8 @@ static int32_t open_locked(const char *name, int32_t index, qm_device **out) {
 int32_t qm_device_open(const char *name, int32_t index, qm_device **out) {
   if (name == NULL || out == NULL)
     return qm__fail(QM_E_ARGUMENT, "qm_device_open: a name and a place for the device are needed");
-  if (index < 0) return qm__fail(QM_E_ARGUMENT, "argument 'index': expected 0 or more, got %d", index);
+  if (index < 0)
+    return qm__fail(QM_E_ARGUMENT, "argument 'index': expected 0 or more, got %d", index);
   pthread_mutex_lock(&devices_lock);
   const int32_t status = open_locked(name, index, out);
   pthread_mutex_unlock(&devices_lock);

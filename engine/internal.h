@@ -99,8 +99,8 @@ qm__call qm__begin(const char *function);
 **   "f32 [K, N]", "float [R, H, D]", "f32|bf16 [C]", "any [...]", "i32 []"
 ** where a new name binds a size that later operands must share, a number means itself and [...]
 ** any shape. "=x" as the type means the type of the operand called x ("=x [R, C]"). */
-void qm__operand(qm__call *call, const char *name, const qm_tensor *x, const char *spec, qm__use use,
-                 qm_array *out);
+void qm__operand(qm__call *call, const char *name, const qm_tensor *x, const char *spec,
+                 qm__use use, qm_array *out);
 /* The same, but NULL is allowed and gives an out->data of NULL. */
 void qm__optional(qm__call *call, const char *name, const qm_tensor *x, const char *spec,
                   qm__use use, qm_array *out);
@@ -130,8 +130,9 @@ int32_t qm__profile_book(const char *kernel, double started, int32_t status);
   (qm__finish(&(call)) ? (call).status                                                             \
    : (call).device->backend->kernels.kernel                                                        \
        ? ((call).started = qm__profile_clock(),                                                    \
-          qm__profile_book(#kernel, (call).started,                                                \
-                           (call).device->backend->kernels.kernel((call).device->context, (args)))) \
+          qm__profile_book(                                                                        \
+              #kernel, (call).started,                                                             \
+              (call).device->backend->kernels.kernel((call).device->context, (args))))             \
        : qm__unsupported(&(call), #kernel))
 
 #endif

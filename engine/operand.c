@@ -152,7 +152,8 @@ static void describe_expected(const qm__call *call, const char *spec, char *text
   size_t used = 0;
   if (spec[0] == '=') {
     const int32_t i = find_size(call, spec, strcspn(spec, " "));
-    used = (size_t)snprintf(text, size, "%s [", i < 0 ? "any" : qm_dtype_name((int32_t)call->sizes[i].value));
+    used = (size_t)snprintf(text, size, "%s [",
+                            i < 0 ? "any" : qm_dtype_name((int32_t)call->sizes[i].value));
   } else {
     used = (size_t)snprintf(text, size, "%.*s", (int)(bracket - spec + 1), spec);
   }
@@ -171,8 +172,8 @@ static void describe_expected(const qm__call *call, const char *spec, char *text
   text[used < size ? used : size - 1] = '\0';
 }
 
-void qm__operand(qm__call *call, const char *name, const qm_tensor *x, const char *spec, qm__use use,
-                 qm_array *out) {
+void qm__operand(qm__call *call, const char *name, const qm_tensor *x, const char *spec,
+                 qm__use use, qm_array *out) {
   memset(out, 0, sizeof *out);
   if (call->status != QM_OK) return;
   char expected[160], got[160];
@@ -224,9 +225,11 @@ void qm__same_shape(qm__call *call, const char *name, const qm_array *a, const q
   bool same = a->ndim == b->ndim;
   for (int32_t i = 0; i < a->ndim && same; i++) same = a->shape[i] == b->shape[i];
   if (same) return;
-  const qm_tensor expected = {.ndim = a->ndim, .dtype = b->dtype,
+  const qm_tensor expected = {.ndim = a->ndim,
+                              .dtype = b->dtype,
                               .shape = {a->shape[0], a->shape[1], a->shape[2], a->shape[3]}};
-  const qm_tensor got = {.ndim = b->ndim, .dtype = b->dtype,
+  const qm_tensor got = {.ndim = b->ndim,
+                         .dtype = b->dtype,
                          .shape = {b->shape[0], b->shape[1], b->shape[2], b->shape[3]}};
   char expected_text[160], got_text[160];
   qm__describe(&expected, expected_text, sizeof expected_text);
@@ -251,6 +254,6 @@ int32_t qm__finish(qm__call *call) {
 }
 
 int32_t qm__unsupported(const qm__call *call, const char *kernel) {
-  return qm__fail(QM_E_UNSUPPORTED, "the %s backend has no kernel '%s'", call->device->backend->name,
-                  kernel);
+  return qm__fail(QM_E_UNSUPPORTED, "the %s backend has no kernel '%s'",
+                  call->device->backend->name, kernel);
 }

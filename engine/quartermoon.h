@@ -21,6 +21,7 @@ extern "C" {
 #endif
 
 #pragma GCC visibility push(default)
+/* clang-format off */
 /* cdef: begin */
 enum { QM_ABI_VERSION = 1, QM_DIMS_MAX = 4 };
 
@@ -357,6 +358,7 @@ int32_t qm_safetensors_write(qm_safetensors_writer *writer, const qm_tensor *x);
 int32_t qm_safetensors_commit(qm_safetensors_writer *writer);
 void qm_safetensors_writer_release(qm_safetensors_writer *writer);
 /* cdef: end */
+/* clang-format on */
 #pragma GCC visibility pop
 
 #ifdef __cplusplus

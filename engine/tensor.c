@@ -41,7 +41,8 @@ static int32_t copy_across(const qm_tensor *x, const qm_tensor *out) {
   qm__describe(x, expected, sizeof expected);
   qm__describe(out, got, sizeof got);
   qm__require(&target, same_shape && from.dtype == to.dtype,
-              "argument 'out': expected %s, got %s (across devices types must agree)", expected, got);
+              "argument 'out': expected %s, got %s (across devices types must agree)", expected,
+              got);
   if (target.status != QM_OK) return target.status;
   if (source.device->backend->host_memory)
     return qm_write(out, from.data, from.count * qm_dtype_size(from.dtype));

@@ -35,7 +35,7 @@ static inline uint16_t qm_to_bf16_stochastic(float x, uint32_t random) {
 
 static inline float qm_from_f16(uint16_t x) {
   const uint32_t sign = (uint32_t)(x & 0x8000u) << 16, rest = x & 0x7FFFu;
-  /* Move exponent and fraction into place; the multiplication rebiases and makes subnormals exact. */
+  /* Move exponent and fraction into place; multiplying rebiases, subnormals exactly. */
   const float finite = qm_bits_float(rest << 13) * 0x1p112f;
   const uint32_t special = 0x7F800000u | ((rest & 0x3FFu) << 13);
   return qm_bits_float(sign | (rest >= 0x7C00u ? special : qm_float_bits(finite)));

@@ -15,7 +15,10 @@ static level_choice choose_level(void) {
   level_choice best = {"base", qm_cpu_level_base};
 #ifdef __x86_64__
   const char *wish = getenv("QM_CPU_LEVEL");
-  const int most = wish == NULL ? 4 : strcmp(wish, "base") == 0 ? 0 : strcmp(wish, "v3") == 0 ? 3 : 4;
+  const int most = wish == NULL                ? 4
+                   : strcmp(wish, "base") == 0 ? 0
+                   : strcmp(wish, "v3") == 0   ? 3
+                                               : 4;
   __builtin_cpu_init();
   if (most >= 3 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
       __builtin_cpu_supports("bmi2"))

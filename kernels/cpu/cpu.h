@@ -11,8 +11,8 @@
 
 typedef struct qm_cpu_context {
   int32_t threads;
-  int32_t bf16;       /* oneDNN multiplies bf16 natively here */
-  const char *level;  /* "base", "v3", "v4" */
+  int32_t bf16;             /* oneDNN multiplies bf16 natively here */
+  const char *level;        /* "base", "v3", "v4" */
   struct qm_cpu_gemm *gemm; /* oneDNN's engine, stream and primitive cache; see gemm.c */
 } qm_cpu_context;
 

@@ -52,8 +52,8 @@ int32_t qm_reference_sync(void *context) {
 static int32_t open_device(int32_t index, void **context) {
   *context = NULL;
   if (index == 0) return QM_OK;
-  return qm_reference_host->fail(QM_E_DEVICE, "the reference backend has one device, index 0, got %d",
-                                 index);
+  return qm_reference_host->fail(QM_E_DEVICE,
+                                 "the reference backend has one device, index 0, got %d", index);
 }
 
 static void close_device(void *context) { (void)context; }

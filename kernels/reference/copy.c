@@ -17,7 +17,9 @@ static int64_t load_integer(const void *data, int32_t dtype, int64_t i) {
 
 static void store_integer(void *data, int32_t dtype, int64_t i, int64_t x) {
   switch (dtype) {
-    case QM_I8: ((int8_t *)data)[i] = (int8_t)(x < INT8_MIN ? INT8_MIN : x > INT8_MAX ? INT8_MAX : x); break;
+    case QM_I8:
+      ((int8_t *)data)[i] = (int8_t)(x < INT8_MIN ? INT8_MIN : x > INT8_MAX ? INT8_MAX : x);
+      break;
     case QM_U8: ((uint8_t *)data)[i] = (uint8_t)(x < 0 ? 0 : x > UINT8_MAX ? UINT8_MAX : x); break;
     case QM_I16:
       ((int16_t *)data)[i] = (int16_t)(x < INT16_MIN ? INT16_MIN : x > INT16_MAX ? INT16_MAX : x);

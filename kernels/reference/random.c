@@ -7,7 +7,8 @@ int32_t qm_reference_random(void *context, const qm_random_args *args) {
     float x;
     if (args->kind == QM_UNIFORM) {
       x = (float)(args->a + (args->b - args->a) * (double)qm_uniform(&args->noise, (uint64_t)i));
-      if ((double)x >= args->b && args->b > args->a) x = (float)args->a; /* rounded up out of [a, b) */
+      if ((double)x >= args->b && args->b > args->a)
+        x = (float)args->a; /* rounded up out of [a, b) */
     } else {
       /* Elements 2j and 2j+1 share one pair of uniforms: cosine for the even, sine for the odd. */
       const uint64_t even = (uint64_t)i & ~(uint64_t)1;

@@ -1,4 +1,4 @@
-/* unfinished.c - TEMPORARY: weak stand-ins for kernels not written yet. Delete when none is left. */
+/* unfinished.c - TEMPORARY: weak stand-ins for kernels not written yet. Goes when none is left. */
 #include "reference/reference.h"
 
 #define X(name)                                                                                    \

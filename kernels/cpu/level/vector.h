@@ -6,7 +6,7 @@
 
 #include "cpu/cpu.h"
 
-/* Elements a block holds: 2 KiB of f32, so that a handful of blocks stays in the first-level cache. */
+/* Elements a block holds: 2 KiB of f32, so that a handful stays in the first-level cache. */
 enum { QM_BLOCK = 512 };
 #define QM_MIN(a, b) ((a) < (b) ? (a) : (b))
 
