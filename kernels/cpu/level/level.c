@@ -2,6 +2,8 @@
 #include "cpu/cpu.h"
 
 void QM_CPU(level)(qm_kernels *kernels) {
+  kernels->adamw = QM_CPU(adamw);
+  kernels->adam_direction = QM_CPU(adam_direction);
   kernels->swiglu = QM_CPU(swiglu);
   kernels->swiglu_backward = QM_CPU(swiglu_backward);
 }

@@ -1,0 +1,40 @@
+/* adam.h - one Adam step's numbers as the kernels use them: f32, worked out once in f64.
+**
+** Shared by the dense and the quantized steps, the reference, the CPU and CUDA, so that all of them
+** round alike: multiply, add, divide and sqrt each round once, never contracted.
+** Source: Kingma and Ba, arXiv 1412.6980; decoupled decay: Loshchilov and Hutter, arXiv 1711.05101.
+*/
+#ifndef QM_ADAM_H
+#define QM_ADAM_H
+
+#include <math.h>
+
+#include "quartermoon.h"
+
+typedef struct qm_adam_numbers {
+  float beta1, rest1; /* rest1 = 1 - beta1 */
+  float beta2, rest2;
+  float eps, grad_scale;
+  float rate;  /* a: the learning rate with its bias correction */
+  float decay; /* lr * weight_decay */
+} qm_adam_numbers;
+
+static inline qm_adam_numbers qm_adam_prepare(const qm_adam *adam) {
+  const double step = (double)adam->step;
+  const double correction = adam->correct_bias == 0 ? 1.0
+                                                    : sqrt(1.0 - pow(adam->beta2, step)) /
+                                                          (1.0 - pow(adam->beta1, step));
+  const qm_adam_numbers numbers = {
+      .beta1 = (float)adam->beta1,
+      .rest1 = (float)(1.0 - adam->beta1),
+      .beta2 = (float)adam->beta2,
+      .rest2 = (float)(1.0 - adam->beta2),
+      .eps = (float)adam->eps,
+      .grad_scale = (float)adam->grad_scale,
+      .rate = (float)(adam->lr * correction),
+      .decay = (float)(adam->lr * adam->weight_decay),
+  };
+  return numbers;
+}
+
+#endif

@@ -1,0 +1,46 @@
+/* adam.c - AdamW on a dense parameter, and Adam's direction alone.
+** Source: Kingma and Ba, arXiv 1412.6980; Loshchilov and Hutter, arXiv 1711.05101. */
+#include "adam.h"
+#include "reference.h"
+
+/* Store a state: bf16 goes up or down with the probability that keeps its expected value, for
+** rounded to nearest, v with beta2 = 0.999 would stop moving. */
+static void store(const qm_array *out, int64_t i, float x, qm_noise noise, uint32_t stream) {
+  noise.stream = stream;
+  if (out->dtype == QM_BF16)
+    ((uint16_t *)out->data)[i] = qm_to_bf16_stochastic(x, qm_bits(&noise, (uint64_t)i));
+  else
+    ((float *)out->data)[i] = x;
+}
+
+/* Advance both moments of element i; returns the direction u. */
+static float advance(const qm_array *grad, const qm_array *exp_avg, const qm_array *exp_avg_sq,
+                     int64_t i, const qm_adam_numbers *c, const qm_noise *noise) {
+  const float g = c->grad_scale * qm_load(grad->data, grad->dtype, i);
+  const float m = c->beta1 * qm_load(exp_avg->data, exp_avg->dtype, i) + c->rest1 * g;
+  const float v = c->beta2 * qm_load(exp_avg_sq->data, exp_avg_sq->dtype, i) + c->rest2 * g * g;
+  store(exp_avg, i, m, *noise, QM_STREAM_EXP_AVG);
+  store(exp_avg_sq, i, v, *noise, QM_STREAM_EXP_AVG_SQ);
+  return m / (sqrtf(v) + c->eps);
+}
+
+int32_t qm_reference_adamw(void *context, const qm_adamw_args *args) {
+  (void)context;
+  const qm_adam_numbers c = qm_adam_prepare(&args->adam);
+  for (int64_t i = 0; i < args->param.count; i++) {
+    const float u =
+        advance(&args->grad, &args->exp_avg, &args->exp_avg_sq, i, &c, &args->adam.noise);
+    const float w = qm_load(args->param.data, args->param.dtype, i);
+    store(&args->param, i, w - c.rate * u - c.decay * w, args->adam.noise, QM_STREAM_WEIGHT);
+  }
+  return QM_OK;
+}
+
+int32_t qm_reference_adam_direction(void *context, const qm_adam_direction_args *args) {
+  (void)context;
+  const qm_adam_numbers c = qm_adam_prepare(&args->adam);
+  for (int64_t i = 0; i < args->update.count; i++)
+    ((float *)args->update.data)[i] =
+        advance(&args->grad, &args->exp_avg, &args->exp_avg_sq, i, &c, &args->adam.noise);
+  return QM_OK;
+}

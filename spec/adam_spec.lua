@@ -1,0 +1,114 @@
+local qm = require("quartermoon")
+local testing = require("spec.support.testing")
+
+---Adam in Lua numbers (f64), on lists.
+local function expected_step(w, g, m, v, o)
+  local a = o.lr * math.sqrt(1 - o.beta2 ^ o.step) / (1 - o.beta1 ^ o.step)
+  for i = 1, #w do
+    m[i] = o.beta1 * m[i] + (1 - o.beta1) * g[i]
+    v[i] = o.beta2 * v[i] + (1 - o.beta2) * g[i] * g[i]
+    w[i] = w[i] - a * m[i] / (math.sqrt(v[i]) + o.eps) - o.lr * o.weight_decay * w[i]
+  end
+end
+
+describe("qm.adamw", function()
+  it("moves by lr against the gradient's sign on the first step", function()
+    -- m = 0.1 g, v = 0.01 g^2, a = lr * 0.1 / 0.1: u = g / |g|, eps aside.
+    local w = qm.tensor({ 1, 1, 1 })
+    qm.adamw(w, qm.tensor({ 0.5, -2, 0 }), w:zeros_like(), w:zeros_like(), { step = 1, lr = 0.25, eps = 1e-20 })
+    local values = w:totable()
+    assert.near(0.75, values[1], 1e-6)
+    assert.near(1.25, values[2], 1e-6)
+    assert.equal(1, values[3])
+  end)
+
+  it("follows the formula over five steps, decay and bias correction included", function()
+    local w, m, v = { 0.3, -1.5, 2 }, { 0, 0, 0 }, { 0, 0, 0 }
+    local param = qm.tensor(w)
+    local exp_avg, exp_avg_sq = param:zeros_like(), param:zeros_like()
+    for step = 1, 5 do
+      local g = { 0.1 * step, -0.3, 0.02 * (step - 3) }
+      local o = { step = step, lr = 0.01, beta1 = 0.8, beta2 = 0.95, eps = 1e-3, weight_decay = 0.1 }
+      qm.adamw(param, qm.tensor(g), exp_avg, exp_avg_sq, o)
+      expected_step(w, g, m, v, o)
+    end
+    testing.assert_close(qm.tensor(w), param, 1e-6)
+    testing.assert_close(qm.tensor(m), exp_avg, 1e-6)
+    testing.assert_close(qm.tensor(v), exp_avg_sq, 1e-6)
+  end)
+
+  it("scales the gradient before everything else", function()
+    local a, b = qm.ones({ 5 }), qm.ones({ 5 })
+    local g = qm.randn({ 5 })
+    local values = g:totable()
+    for i = 1, 5 do values[i] = 2 * values[i] end
+    local doubled = qm.tensor(values)
+    qm.adamw(a, g, a:zeros_like(), a:zeros_like(), { step = 1, lr = 0.1, eps = 0.5, grad_scale = 2 })
+    qm.adamw(b, doubled, b:zeros_like(), b:zeros_like(), { step = 1, lr = 0.1, eps = 0.5 })
+    testing.assert_equal(a, b)
+  end)
+
+  for _, types in ipairs({ { "f32", "f32", "f32" }, { "bf16", "bf16", "bf16" }, { "f32", "f16", "bf16" },
+    { "bf16", "bf16", "f32" } }) do
+    it(("gives the reference's bits: %s parameter, %s gradient, %s moments"):format(unpack(types)), function()
+      local there = { device = "reference" }
+      for _, shape in ipairs({ { 1 }, { 3, 5 }, { 7, 515 }, { 70001 } }) do
+        local inputs = { qm.randn(shape, there):to(types[1]), qm.randn(shape, there):to(types[2]),
+          qm.randn(shape, there):to(types[3]), qm.rand(shape, there):to(types[3]) }
+        local options = { step = 7, lr = 0.01, weight_decay = 0.1, seed = 5, parameter = 3, grad_scale = 0.3 }
+        local expected, actual = testing.both(inputs, function(w, g, m, v)
+          qm.adamw(w, g, m, v, options)
+          return w, m, v, qm.adam_direction(g, m, v, options)
+        end)
+        for i, what in ipairs({ "param", "exp_avg", "exp_avg_sq", "direction" }) do
+          testing.assert_equal(expected[i], actual[i], what)
+        end
+      end
+    end)
+  end
+
+  it("rounds bf16 so that the mean is exact: steps far below half a unit still add up", function()
+    -- 4096 weights of 1 step by 1/64 of a bf16 unit (2^-8 below 1), 64 times: 1 unit on average.
+    local count, unit = 4096, 2 ^ -8
+    local w, g = qm.ones({ count }, { dtype = "bf16" }), qm.ones({ count })
+    for step = 1, 64 do
+      local m, v = qm.zeros({ count }), qm.zeros({ count })
+      qm.adamw(w, g, m, v, { step = step, lr = unit / 64, correct_bias = false, beta1 = 0, beta2 = 0, seed = 1 })
+    end
+    local sum = 0
+    for _, value in ipairs(w:totable()) do sum = sum + value end
+    -- One weight's variance is at most 64 * (unit/64) * unit: a standard error of unit / sqrt(count).
+    assert.near(1 - unit, sum / count, 5 * unit / math.sqrt(count))
+  end)
+
+  it("draws other bits for another parameter and another step", function()
+    local function run(parameter, step)
+      local w = qm.ones({ 256 }, { dtype = "bf16" })
+      qm.adamw(w, qm.ones({ 256 }), qm.zeros({ 256 }), qm.zeros({ 256 }),
+        { step = step, lr = 1e-3, correct_bias = false, beta1 = 0, beta2 = 0, parameter = parameter })
+      return w:bytes()
+    end
+    assert.equal(run(1, 1), run(1, 1))
+    assert.not_equal(run(1, 1), run(2, 1))
+    assert.not_equal(run(1, 1), run(1, 2))
+  end)
+
+  it("says which argument is wrong", function()
+    local w = qm.ones({ 2, 3 })
+    local function step(...)
+      local arguments = { ... }
+      return function() qm.adamw(unpack(arguments)) end
+    end
+    assert.error_matches(step(w, qm.ones({ 3, 2 }), w:clone(), w:clone(), { step = 1, lr = 1 }),
+      "qm.adamw: argument 'grad': expected f32 [2, 3], got f32 [3, 2]", 1, true)
+    assert.error_matches(step(w, w:clone(), w, w:clone(), { step = 1, lr = 1 }), "overlaps argument", 1, true)
+    assert.error_matches(step(w, w:clone(), w:clone(), w:clone(), { step = 0, lr = 1 }),
+      "argument 'step': expected an integer from 1", 1, true)
+    assert.error_matches(step(w, w:clone(), w:clone(), w:clone(), { step = 1, lr = 1, beta1 = 1 }),
+      "argument 'betas': expected both in [0, 1), got 1 and 0.99", 1, true)
+    assert.error_matches(step(w, w:clone(), w:clone(), w:clone(), { step = 1, lr = 1, weigth_decay = 1 }),
+      "did you mean 'weight_decay'", 1, true)
+    assert.error_matches(step(w, w:clone(), w:to("f16"), w:clone(), { step = 1, lr = 1 }),
+      "argument 'exp_avg': expected f32|bf16 [...]", 1, true)
+  end)
+end)
