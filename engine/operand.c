@@ -86,8 +86,10 @@ static bool lies_in_storage(qm__call *call, const char *name, const qm_tensor *x
     return false;
   }
   const int64_t element = qm_dtype_size(x->dtype), room = x->storage->size_bytes - x->offset_bytes;
-  int64_t count = 1;
+  int64_t count =
+      1; /* 0 from the start for a tensor with an extent of 0, whose others may be large */
   bool fits = x->offset_bytes >= 0 && room >= 0 && x->offset_bytes % element == 0;
+  for (int32_t i = 0; i < x->ndim; i++) count = x->shape[i] == 0 ? 0 : count;
   for (int32_t i = 0; i < x->ndim && fits; i++) {
     fits = x->shape[i] >= 0 && (x->shape[i] == 0 || count <= room / x->shape[i]);
     count *= fits ? x->shape[i] : 0;

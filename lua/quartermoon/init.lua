@@ -25,7 +25,11 @@ qm.seed, qm.rand, qm.randn, qm.generator = random.seed, random.rand, random.rand
 function qm.handles_live() return tonumber(require("quartermoon.ffi").lib.qm_handles_live()) end
 
 -- The operations: every public function of these modules is a function of qm.
-for _, name in ipairs({ "layers", "adam" }) do
+for _, name in ipairs({
+  "adam",
+  "layers",
+  "linalg",
+}) do
   for key, value in pairs(require("quartermoon.ops." .. name)) do qm[key] = value end
 end
 

@@ -1,0 +1,24 @@
+/* gemm.c - out = alpha op(a) op(b) + beta out, three loops. */
+#include "reference.h"
+
+int32_t qm_reference_gemm(void *context, const qm_gemm_args *args) {
+  (void)context;
+  const int64_t m = args->m, k = args->k, n = args->n;
+  /* Steps from one row and one column of op(a) and op(b) to the next. */
+  const int64_t a_row = args->trans_a ? 1 : k, a_column = args->trans_a ? m : 1;
+  const int64_t b_row = args->trans_b ? 1 : n, b_column = args->trans_b ? k : 1;
+  for (int64_t at = 0; at < args->out.count; at++) {
+    const int64_t batch = at / (m * n), i = at / n % m, j = at % n;
+    const int64_t a = batch * m * k + i * a_row, b = batch * k * n + j * b_column;
+    float sum = 0.0f;
+    for (int64_t l = 0; l < k; l++)
+      sum += qm_load(args->a.data, args->a.dtype, a + l * a_column) *
+             qm_load(args->b.data, args->b.dtype, b + l * b_row);
+    float result = (float)args->alpha * sum;
+    /* beta 0 overwrites: out may hold anything, NaN too. */
+    if (args->beta != 0.0)
+      result += (float)args->beta * qm_load(args->out.data, args->out.dtype, at);
+    qm_store(args->out.data, args->out.dtype, at, result);
+  }
+  return QM_OK;
+}

@@ -1,0 +1,151 @@
+---Matrix products and decompositions.
+
+local binding = require("quartermoon.ffi")
+local check = require("quartermoon.check")
+local autograd = require("quartermoon.autograd")
+local tensors = require("quartermoon.tensor")
+local lib = binding.lib
+local record, needs_grad = autograd.record, autograd.needs_grad
+
+local M = {}
+
+---out = op(a) op(b) + beta out.
+---@param names table|nil  what the caller's user calls a and b, for error messages
+local function gemm(name, a, b, out, trans_a, trans_b, beta, names)
+  local status = lib.qm_gemm(a.desc, b.desc, out.desc, trans_a and 1 or 0, trans_b and 1 or 0, 1, beta or 0)
+  if status ~= 0 then
+    local sentence = binding.last_error()
+    binding.raise(name .. ": " .. (names and sentence:gsub("(argument ')(%w+)", function(lead, argument)
+      return lead .. (names[argument] or argument)
+    end) or sentence))
+  end
+  return out
+end
+
+---The gradient op(a) op(b) of `input`. Into a leaf's own buffer where it is one, and then nothing is
+---left to return; else a new tensor of the input's type.
+local function product_gradient(name, input, a, b, trans_a, trans_b)
+  if not needs_grad(input) then return nil end
+  if input.node then return gemm(name, a, b, input:empty_like(), trans_a, trans_b) end
+  local buffer, beta = autograd.leaf_grad(input)
+  gemm(name, a, b, buffer, trans_a, trans_b, beta)
+  return nil
+end
+
+local MATMUL_OPTIONS = { trans_a = false, trans_b = false }
+
+---Matrix product `op(a) op(b)`, where op transposes if its option says so. Sums run in f32.
+---
+---@param a qm.Tensor  float [M, K], or a batch of them [B, M, K]; [K, M] with trans_a
+---@param b qm.Tensor  a's type, [K, N] or [B, K, N]; [N, K] with trans_b
+---@param options table|nil  { trans_a = false, trans_b = false }
+---@return qm.Tensor   a's type, [M, N] or [B, M, N]
+---@raise when types, shapes or devices do not fit
+function M.matmul(a, b, options)
+  local name = "qm.matmul"
+  check.desc(name, "a", a)
+  check.desc(name, "b", b)
+  options = check.options(name, options, MATMUL_OPTIONS)
+  local trans_a = check.type(name, "trans_a", options.trans_a, "boolean")
+  local trans_b = check.type(name, "trans_b", options.trans_b, "boolean")
+  -- Wrong numbers of dimensions get a placeholder here and their sentence from the engine.
+  local dims = #a.shape
+  local rows = a.shape[trans_a and dims or dims - 1] or 0
+  local columns = b.shape[trans_b and #b.shape - 1 or #b.shape] or 0
+  local shape = dims == 3 and { a.shape[1], rows, columns } or { rows, columns }
+  local out = gemm(name, a, b, tensors.empty(shape, { dtype = a.dtype, device = a.device }), trans_a, trans_b)
+  return record("matmul", { a, b }, { out }, {}, function(dout)
+    local da, db
+    if trans_a then
+      da = product_gradient(name, a, b, dout, trans_b, true)
+    else
+      da = product_gradient(name, a, dout, b, false, not trans_b)
+    end
+    if trans_b then
+      db = product_gradient(name, b, dout, a, true, trans_a)
+    else
+      db = product_gradient(name, b, a, dout, not trans_a, false)
+    end
+    return da, db
+  end)
+end
+
+---Run `body` on the tensor in x's type: itself, or a temporary copy.
+local function with_type_of(x, tensor, body)
+  if tensor.dtype == x.dtype then return body(tensor) end
+  local cast = tensor:to(x.dtype)
+  local result = body(cast)
+  cast:free()
+  return result
+end
+
+---The gradient of a bias: the sum of dout's rows, f32.
+local function bias_gradient(name, bias, dout)
+  if not needs_grad(bias) then return nil end
+  local dbias = bias:empty_like("f32")
+  binding.check(lib.qm_reduce(require("ffi").C.QM_SUM, dout.desc, dbias.desc, 0), name)
+  if not bias.node or bias.dtype == "f32" then return dbias end
+  local cast = dbias:to(bias.dtype)
+  dbias:free()
+  return cast
+end
+
+local LINEAR_NAMES = { a = "x", b = "weight" }
+
+---Linear layer: `x weight (+ bias)`. Weights may be f32 where activations are 16-bit: the product
+---then runs on a temporary copy in x's type, and the weight's gradient sums in f32.
+---
+---@param x qm.Tensor       float [R, K]
+---@param weight qm.Tensor  float [K, N]
+---@param bias qm.Tensor|nil  float [N]
+---@return qm.Tensor        x's type, [R, N]
+---@raise when shapes or devices do not fit
+function M.linear(x, weight, bias)
+  local name = "qm.linear"
+  check.desc(name, "x", x)
+  check.desc(name, "weight", weight)
+  local bias_desc = check.optional_desc(name, "bias", bias)
+  local out = tensors.empty({ x.shape[1] or 0, weight.shape[2] or 0 }, { dtype = x.dtype, device = x.device })
+  with_type_of(x, weight, function(w) gemm(name, x, w, out, false, false, 0, LINEAR_NAMES) end)
+  if bias then binding.check(lib.qm_binary(require("ffi").C.QM_ADD, out.desc, bias_desc, out.desc), name) end
+  return record("linear", { x, weight, bias or false }, { out }, {}, function(dout)
+    local dx = needs_grad(x) and with_type_of(x, weight, function(w)
+      return product_gradient(name, x, dout, w, false, true)
+    end) or nil
+    return dx, product_gradient(name, weight, x, dout, true, false), bias and bias_gradient(name, bias, dout)
+  end)
+end
+
+---Thin singular value decomposition, `a = u diag(s) vt` with R = min(M, N). Not differentiable. The
+---signs of the singular vectors are arbitrary.
+---
+---@param a qm.Tensor   f32 [M, N]
+---@return qm.Tensor u  f32 [M, R], orthonormal columns
+---@return qm.Tensor s  f32 [R], descending
+---@return qm.Tensor vt f32 [R, N], orthonormal rows
+---@raise when a holds NaN or infinity, or the iteration does not converge
+function M.svd(a)
+  local name = "qm.svd"
+  local a_desc = check.desc(name, "a", a)
+  local m, n = a.shape[1] or 0, a.shape[2] or 0
+  local r = math.min(m, n)
+  local options = { device = a.device }
+  local u, s, vt = tensors.empty({ m, r }, options), tensors.empty({ r }, options), tensors.empty({ r, n }, options)
+  binding.check(lib.qm_svd(a_desc, u.desc, s.desc, vt.desc), name)
+  return u, s, vt
+end
+
+---An orthonormal basis of a's columns: q of the thin QR decomposition. Not differentiable.
+---
+---@param a qm.Tensor   f32 [M, N], M >= N
+---@return qm.Tensor q  f32 [M, N]
+---@raise when a has more columns than rows, or holds NaN or infinity
+function M.qr(a)
+  local name = "qm.qr"
+  local a_desc = check.desc(name, "a", a)
+  local q = a:empty_like()
+  binding.check(lib.qm_qr(a_desc, q.desc), name)
+  return q
+end
+
+return M

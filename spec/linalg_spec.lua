@@ -1,0 +1,177 @@
+local qm = require("quartermoon")
+local binding = require("quartermoon.ffi")
+local testing = require("spec.support.testing")
+
+local FLAGS = { { false, false }, { true, false }, { false, true }, { true, true } }
+
+---Random operands whose op(a) op(b) is [m, k] x [k, n], in a batch if one is given.
+local function operands(m, k, n, trans_a, trans_b, batch, options)
+  local a = trans_a and { k, m } or { m, k }
+  local b = trans_b and { n, k } or { k, n }
+  if batch then
+    table.insert(a, 1, batch)
+    table.insert(b, 1, batch)
+  end
+  options = options or { device = "reference" }
+  return qm.randn(a, options), qm.randn(b, options)
+end
+
+describe("qm.matmul", function()
+  it("multiplies by hand, transposed either way", function()
+    local a, b = qm.tensor({ { 1, 2, 3 }, { 4, 5, 6 } }), qm.tensor({ { 1, 0 }, { 2, -1 }, { 0, 3 } })
+    local at, bt = qm.tensor({ { 1, 4 }, { 2, 5 }, { 3, 6 } }), qm.tensor({ { 1, 2, 0 }, { 0, -1, 3 } })
+    local expected = { { 5, 7 }, { 14, 13 } }
+    assert.same(expected, qm.matmul(a, b):totable())
+    assert.same(expected, qm.matmul(at, b, { trans_a = true }):totable())
+    assert.same(expected, qm.matmul(a, bt, { trans_b = true }):totable())
+    assert.same(expected, qm.matmul(at, bt, { trans_a = true, trans_b = true }):totable())
+  end)
+
+  it("multiplies batches one by one", function()
+    local a = qm.tensor({ { { 1, 2 } }, { { 3, 4 } } })
+    local b = qm.tensor({ { { 1 }, { 1 } }, { { 2 }, { 0 } } })
+    assert.same({ { { 3 } }, { { 6 } } }, qm.matmul(a, b):totable())
+  end)
+
+  -- 16-bit outputs are rounded once from an f32 sum: half an ulp is 2^-9 or 2^-12, and the sums
+  -- themselves differ by their order.
+  for dtype, tolerance in pairs({ f32 = 1e-5, bf16 = 2 ^ -8, f16 = 2 ^ -10 }) do
+    it("equals the reference in " .. dtype .. ", on odd sizes", function()
+      for _, size in ipairs({ { 1, 1, 1 }, { 1, 5, 3 }, { 3, 1, 5 }, { 7, 13, 1 }, { 33, 65, 17 }, { 5, 300, 70 } }) do
+        for _, flags in ipairs(FLAGS) do
+          for batch = 0, 3, 3 do
+            local a, b = operands(size[1], size[2], size[3], flags[1], flags[2], batch > 0 and batch or nil)
+            local expected, actual = testing.both({ a:to(dtype), b:to(dtype) }, function(x, y)
+              return qm.matmul(x, y, { trans_a = flags[1], trans_b = flags[2] })
+            end)
+            testing.assert_close(expected[1], actual[1], tolerance)
+          end
+        end
+      end
+    end)
+  end
+
+  it("takes empty operands: a sum over nothing is 0", function()
+    for _, dtype in ipairs({ "f32", "bf16" }) do
+      local options = { dtype = dtype }
+      local zeros = qm.matmul(qm.empty({ 2, 0 }, options), qm.empty({ 0, 3 }, options))
+      assert.same({ { 0, 0, 0 }, { 0, 0, 0 } }, zeros:totable())
+      assert.same({ 0, 3 }, qm.matmul(qm.empty({ 0, 5 }, options), qm.ones({ 5, 3 }, options)).shape)
+      assert.same({ 2, 0 }, qm.matmul(qm.ones({ 2, 5 }, options), qm.empty({ 5, 0 }, options)).shape)
+      assert.same({ 0, 2, 3 }, qm.matmul(qm.empty({ 0, 2, 5 }, options), qm.empty({ 0, 5, 3 }, options)).shape)
+    end
+  end)
+
+  for _, flags in ipairs(FLAGS) do
+    it(("has the gradient that central differences show, transposing %s, %s"):format(tostring(flags[1]),
+      tostring(flags[2])), function()
+      local function product(a, b) return qm.matmul(a, b, { trans_a = flags[1], trans_b = flags[2] }) end
+      local options = { device = "reference", requires_grad = true }
+      testing.check_gradients(product, { operands(3, 5, 4, flags[1], flags[2], nil, options) })
+      testing.check_gradients(product, { operands(3, 2, 1, flags[1], flags[2], 2, options) })
+    end)
+  end
+
+  it("hands gradients on through a chain, and gathers them in leaves", function()
+    local a, b = qm.randn({ 2, 3 }, { requires_grad = true }), qm.randn({ 3, 3 }, { requires_grad = true })
+    local seed = qm.randn({ 2, 3 })
+    qm.matmul(qm.matmul(a, b), b):backward(seed)
+    -- d(a b b) = da b b + a db b + a b db
+    local bb, ab = qm.matmul(b:to("f32"), b), qm.matmul(a:to("f32"), b)
+    testing.assert_close(qm.matmul(seed, bb, { trans_b = true }), a.grad, 1e-5)
+    local inner = qm.matmul(seed, b, { trans_b = true })
+    local first, second = qm.matmul(a, inner, { trans_a = true }), qm.matmul(ab, seed, { trans_a = true })
+    local sum = first:totable()
+    for i, row in ipairs(second:totable()) do for j, value in ipairs(row) do sum[i][j] = sum[i][j] + value end end
+    testing.assert_close(qm.tensor(sum), b.grad, 1e-5)
+  end)
+
+  it("says which argument is wrong, what it wanted and what it got", function()
+    assert.error_matches(function() qm.matmul(qm.ones({ 2, 3 }), qm.ones({ 2, 3 })) end,
+      "qm.matmul: argument 'b': expected f32 [K=3, N], got f32 [2, 3]", 1, true)
+    assert.error_matches(function() qm.matmul(qm.ones({ 2, 3 }), qm.ones({ 3, 2 }, { dtype = "bf16" })) end,
+      "argument 'b': expected f32 [K=3, N], got bf16 [3, 2]", 1, true)
+    assert.error_matches(function() qm.matmul(qm.ones({ 3 }), qm.ones({ 3, 2 })) end,
+      "argument 'a': expected float [M, K], got f32 [3]", 1, true)
+    assert.error_matches(function() qm.matmul(qm.ones({ 2, 3, 3 }), qm.ones({ 3, 3 })) end,
+      "argument 'b': expected f32 [B=2, K=3, N], got f32 [3, 3]", 1, true)
+    assert.error_matches(function() qm.matmul(qm.ones({ 3, 3 }), qm.ones({ 3, 3 }), { trans_a = 1 }) end,
+      "argument 'trans_a': expected a boolean, got number 1", 1, true)
+    assert.error_matches(function() qm.matmul(qm.ones({ 3, 3 }), qm.ones({ 3, 3 }), { transb = true }) end,
+      "unknown option 'transb', did you mean 'trans_b'?", 1, true)
+  end)
+end)
+
+describe("qm_gemm", function()
+  local function gemm(a, b, out, alpha, beta)
+    binding.check(binding.lib.qm_gemm(a.desc, b.desc, out.desc, 1, 0, alpha, beta), "qm_gemm")
+    return out
+  end
+
+  -- The weight gradient's product: 16-bit operands, f32 sums.
+  for _, types in ipairs({ { "f32", "f32" }, { "bf16", "f32" }, { "bf16", "bf16" }, { "f16", "f32" }, { "f16", "f16" },
+    { "f32", "bf16" } }) do
+    it(("scales and accumulates %s products into %s"):format(types[1], types[2]), function()
+      local a, b = operands(9, 31, 6, true, false)
+      local out = qm.randn({ 9, 6 }, { device = "reference" })
+      for _, scales in ipairs({ { 1, 1 }, { 0.5, -2 }, { 0, 1 }, { 2, 0 } }) do
+        local expected, actual = testing.both({ a:to(types[1]), b:to(types[1]), out:to(types[2]) }, function(x, y, z)
+          return gemm(x, y, z:clone(), scales[1], scales[2])
+        end)
+        testing.assert_close(expected[1], actual[1], types[2] == "f32" and 1e-5 or 2 ^ -7)
+      end
+    end)
+  end
+
+  it("with beta 0 does not read what it overwrites", function()
+    for _, dtype in ipairs({ "f32", "bf16", "f16" }) do
+      local out = qm.full({ 2, 2 }, 0 / 0):to(dtype)
+      local a, b = qm.ones({ 3, 2 }, { dtype = dtype }), qm.ones({ 3, 2 }, { dtype = dtype })
+      assert.same({ { 3, 3 }, { 3, 3 } }, gemm(a, b, out, 1, 0):totable())
+      assert.same({ { 3, 3 }, { 3, 3 } }, gemm(qm.empty({ 0, 2 }, { dtype = dtype }),
+        qm.empty({ 0, 2 }, { dtype = dtype }), out, 1, 1):totable())
+    end
+  end)
+
+  it("gives the same bits every time", function()
+    for _, dtype in ipairs({ "f32", "bf16" }) do
+      local a, b = operands(70, 515, 130, true, false, nil, {})
+      local x, y = a:to(dtype), b:to(dtype)
+      local first = gemm(x, y, qm.empty({ 70, 130 }), 1, 0)
+      for _ = 1, 5 do testing.assert_equal(first, gemm(x, y, qm.empty({ 70, 130 }), 1, 0)) end
+    end
+  end)
+end)
+
+describe("qm.linear", function()
+  it("has the gradient that central differences show", function()
+    local options = { device = "reference", requires_grad = true }
+    testing.check_gradients(qm.linear, { qm.randn({ 3, 5 }, options), qm.randn({ 5, 4 }, options) })
+  end)
+
+  it("lets f32 weights meet 16-bit activations, and sums their gradient in f32", function()
+    local x = qm.randn({ 6, 5 }):to("bf16"):requires_gradient()
+    local weight = qm.randn({ 5, 4 }, { requires_grad = true })
+    local dout = qm.randn({ 6, 4 }):to("bf16")
+    local out = qm.linear(x, weight)
+    assert.equal("bf16", out.dtype)
+    testing.assert_equal(qm.matmul(x:to("bf16"), weight:to("bf16")), out)
+    out:backward(dout)
+    assert.equal("f32", weight.grad.dtype)
+    testing.assert_close(qm.matmul(x:to("f32"), dout:to("f32"), { trans_a = true }), weight.grad, 1e-5)
+    testing.assert_close(qm.matmul(dout:to("f32"), weight:to("bf16"):to("f32"), { trans_b = true }), x.grad, 2 ^ -7)
+    local before = weight.grad:clone()
+    qm.linear(x, weight):backward(dout)
+    local doubled = qm.matmul(x:to("f32"), dout:to("f32"), { trans_a = true })
+    binding.check(binding.lib.qm_gemm(x:to("f32").desc, dout:to("f32").desc, doubled.desc, 1, 0, 1, 1), "qm_gemm")
+    testing.assert_close(doubled, weight.grad, 1e-5)
+    assert.not_equal(before:bytes(), weight.grad:bytes())
+  end)
+
+  it("speaks of x and weight when they do not fit", function()
+    assert.error_matches(function() qm.linear(qm.ones({ 2, 3 }), qm.ones({ 2, 3 })) end,
+      "qm.linear: argument 'weight': expected f32 [K=3, N], got f32 [2, 3]", 1, true)
+    assert.error_matches(function() qm.linear(qm.ones({ 2 }), qm.ones({ 2, 3 })) end,
+      "qm.linear: argument 'x': expected float [M, K], got f32 [2]", 1, true)
+  end)
+end)
