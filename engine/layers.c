@@ -1,5 +1,66 @@
 /* layers.c - the transformer's layers but attention: operands checked, then dispatched. */
+#include <math.h>
+
 #include "internal.h"
+
+int32_t qm_rms_norm(const qm_tensor *x, const qm_tensor *residual, const qm_tensor *weight,
+                    const qm_tensor *sum, const qm_tensor *out, const qm_tensor *rstd, double eps) {
+  qm__call call = qm__begin("qm_rms_norm");
+  qm_rms_norm_args args;
+  qm__operand(&call, "x", x, "float [R, C]", QM__READ, &args.x);
+  qm__optional(&call, "residual", residual, "=x [R, C]", QM__READ, &args.residual);
+  qm__operand(&call, "weight", weight, "float [C]", QM__READ, &args.weight);
+  qm__optional(&call, "sum", sum, "=x [R, C]", QM__IN_PLACE, &args.sum);
+  qm__operand(&call, "out", out, "=x [R, C]", QM__WRITE, &args.out);
+  qm__operand(&call, "rstd", rstd, "f32 [R]", QM__WRITE, &args.rstd);
+  qm__require(&call, (residual == NULL) == (sum == NULL),
+              "argument 'sum': expected it with a residual and only then");
+  qm__require(&call, isfinite(eps) && eps >= 0.0,
+              "argument 'eps': expected a number of at least 0, got %g", eps);
+  args.rows = qm__size(&call, "R");
+  args.columns = qm__size(&call, "C");
+  args.eps = eps;
+  return QM__DISPATCH(call, rms_norm, &args);
+}
+
+int32_t qm_rms_norm_backward(const qm_tensor *dout, const qm_tensor *sum, const qm_tensor *weight,
+                             const qm_tensor *rstd, const qm_tensor *dsum, const qm_tensor *dx,
+                             const qm_tensor *dweight) {
+  qm__call call = qm__begin("qm_rms_norm_backward");
+  qm_rms_norm_backward_args args;
+  qm__operand(&call, "sum", sum, "float [R, C]", QM__READ, &args.sum);
+  qm__operand(&call, "dout", dout, "=sum [R, C]", QM__READ, &args.dout);
+  qm__operand(&call, "weight", weight, "float [C]", QM__READ, &args.weight);
+  qm__operand(&call, "rstd", rstd, "f32 [R]", QM__READ, &args.rstd);
+  qm__optional(&call, "dsum", dsum, "=sum [R, C]", QM__READ, &args.dsum);
+  qm__operand(&call, "dx", dx, "=sum [R, C]", QM__WRITE, &args.dx);
+  qm__optional(&call, "dweight", dweight, "f32 [C]", QM__WRITE, &args.dweight);
+  args.rows = qm__size(&call, "R");
+  args.columns = qm__size(&call, "C");
+  return QM__DISPATCH(call, rms_norm_backward, &args);
+}
+
+/* The positions' values lie in device memory, so the kernels check those. */
+int32_t qm_rope(const qm_tensor *x, const qm_tensor *cos, const qm_tensor *sin,
+                const qm_tensor *positions, const qm_tensor *out, int32_t inverse) {
+  qm__call call = qm__begin("qm_rope");
+  qm_rope_args args;
+  qm__operand(&call, "x", x, "float [R, H, D]", QM__READ, &args.x);
+  const int64_t head_size = qm__size(&call, "D");
+  qm__require(&call, head_size % 2 == 0, "argument 'x': expected an even D, got D=%lld",
+              (long long)head_size);
+  qm__bind(&call, "D/2", head_size / 2);
+  qm__operand(&call, "cos", cos, "f32 [P, D/2]", QM__READ, &args.cos);
+  qm__operand(&call, "sin", sin, "f32 [P, D/2]", QM__READ, &args.sin);
+  qm__operand(&call, "positions", positions, "i32 [R]", QM__READ, &args.positions);
+  qm__operand(&call, "out", out, "=x [R, H, D]", QM__IN_PLACE, &args.out);
+  args.rows = qm__size(&call, "R");
+  args.heads = qm__size(&call, "H");
+  args.head_size = head_size;
+  args.position_count = qm__size(&call, "P");
+  args.inverse = inverse;
+  return QM__DISPATCH(call, rope, &args);
+}
 
 int32_t qm_swiglu(const qm_tensor *gate, const qm_tensor *up, const qm_tensor *out) {
   qm__call call = qm__begin("qm_swiglu");

@@ -27,6 +27,7 @@ function qm.handles_live() return tonumber(require("quartermoon.ffi").lib.qm_han
 -- The operations: every public function of these modules is a function of qm.
 for _, name in ipairs({
   "adam",
+  "attention",
   "layers",
   "linalg",
 }) do

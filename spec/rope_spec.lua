@@ -1,0 +1,70 @@
+local qm = require("quartermoon")
+local testing = require("spec.support.testing")
+
+local reference = { device = "reference" }
+
+---Positions r = 0 .. rows - 1 in a scrambled order, below `count`.
+local function scrambled(rows, count)
+  local values = {}
+  for r = 1, rows do values[r] = (r * 7 + 3) % count end
+  return qm.tensor(values, { dtype = "i32", device = "reference" })
+end
+
+describe("qm.rope", function()
+  it("turns (x_i, x_{i+D/2}) by position * theta^(-2i/D)", function()
+    local cos, sin = qm.rope_tables(4, 3, 100)
+    local x = qm.tensor({ { { 1, 2, 3, 4 } }, { { 1, 2, 3, 4 } } })
+    local out = qm.rope(x, cos, sin, qm.tensor({ 0, 2 }, { dtype = "i32" })):totable()
+    assert.same({ 1, 2, 3, 4 }, out[1][1])
+    local fast, slow = 2, 2 / 10 -- the angles at position 2: theta^(-2/4) = 1/10
+    assert.near(1 * math.cos(fast) - 3 * math.sin(fast), out[2][1][1], 1e-6)
+    assert.near(2 * math.cos(slow) - 4 * math.sin(slow), out[2][1][2], 1e-6)
+    assert.near(3 * math.cos(fast) + 1 * math.sin(fast), out[2][1][3], 1e-6)
+    assert.near(4 * math.cos(slow) + 2 * math.sin(slow), out[2][1][4], 1e-6)
+  end)
+
+  for _, dtype in ipairs({ "f32", "bf16", "f16" }) do
+    it("equals the reference in " .. dtype .. ", on odd sizes", function()
+      for _, shape in ipairs({ { 1, 1, 2 }, { 5, 3, 6 }, { 37, 4, 64 }, { 9, 2, 130 }, { 3, 1, 1030 }, { 0, 2, 4 } }) do
+        local cos, sin = qm.rope_tables(shape[3], 11, 10000, reference)
+        local x = qm.randn(shape, reference):to(dtype)
+        local expected, actual = testing.both({ x, cos, sin, scrambled(shape[1], 11) }, qm.rope)
+        testing.assert_close(expected[1], actual[1], dtype == "f32" and 1e-6 or 2 ^ -8)
+      end
+    end)
+  end
+
+  it("has the gradient that central differences show", function()
+    local cos, sin = qm.rope_tables(6, 11, 10, reference)
+    local positions = scrambled(5, 11)
+    testing.check_gradients(function(x) return qm.rope(x, cos, sin, positions) end,
+      { qm.randn({ 5, 3, 6 }, { device = "reference", requires_grad = true }) })
+  end)
+
+  it("gives a gradient on the device under test that turns back", function()
+    local cos, sin = qm.rope_tables(6, 11, 10)
+    local x = qm.randn({ 5, 3, 6 }):requires_gradient()
+    local positions = scrambled(5, 11):to(testing.device)
+    local out = qm.rope(x, cos, sin, positions):keep()
+    out:backward(out)
+    testing.assert_close(x, x.grad, 1e-6)
+  end)
+
+  it("says which argument is wrong, what it wanted and what it got", function()
+    local cos, sin = qm.rope_tables(4, 3)
+    local function rope(shape, positions, cosines)
+      return function() qm.rope(qm.ones(shape), cosines or cos, sin, qm.tensor(positions, { dtype = "i32" })) end
+    end
+    assert.error_matches(rope({ 2, 1, 5 }, { 0, 1 }), "qm.rope: argument 'x': expected an even D, got D=5", 1, true)
+    assert.error_matches(rope({ 2, 1, 6 }, { 0, 1 }),
+      "argument 'cos': expected f32 [P, D/2=3], got f32 [3, 2]", 1, true)
+    assert.error_matches(rope({ 2, 1, 4 }, { 0, 1 }, qm.ones({ 4, 2 })),
+      "argument 'sin': expected f32 [P=4, D/2=2], got f32 [3, 2]", 1, true)
+    assert.error_matches(rope({ 2, 1, 4 }, { 0 }), "argument 'positions': expected i32 [R=2], got i32 [1]", 1, true)
+    for _, wrong in ipairs({ 3, -1 }) do
+      assert.error_matches(rope({ 2, 1, 4 }, { 0, wrong }),
+        "argument 'positions': expected positions from 0 to 2, got " .. wrong .. " in row 1", 1, true)
+    end
+    assert.error_matches(function() qm.rope_tables(5, 3) end, "argument 'head_size': expected an even number", 1, true)
+  end)
+end)
