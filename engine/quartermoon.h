@@ -154,22 +154,25 @@ int32_t qm_random(const qm_tensor *out, int32_t kind, double a, double b, const 
 
 /* ---- elementwise, reductions, movement ---- */
 
-/* out = op(x), same shape, float. p0, p1 are the operation's own numbers:
-** POW exponent p0; CLAMP to [p0, p1]; AFFINE p0 * x + p1; the rest ignore them. */
+/* out = op(x), same shape, one float type. p0, p1 are the operation's own numbers:
+** POW exponent p0; CLAMP to [p0, p1]; AFFINE p0 * x + p1; GELU and its derivative GELU_GRAD p0 = 0
+** for the exact form, 1 for the tanh approximation; the rest ignore them. ROUND: half to even. NaN
+** stays NaN. */
 enum { QM_NEG = 0, QM_ABS = 1, QM_EXP = 2, QM_LOG = 3, QM_SQRT = 4, QM_RSQRT = 5, QM_TANH = 6,
        QM_SIGMOID = 7, QM_SILU = 8, QM_GELU = 9, QM_RELU = 10, QM_SQUARE = 11, QM_POW = 12,
        QM_CLAMP = 13, QM_AFFINE = 14, QM_SIGN = 15, QM_FLOOR = 16, QM_ROUND = 17, QM_SIN = 18,
-       QM_COS = 19, QM_RECIPROCAL = 20, QM_UNARY_COUNT = 21 };
+       QM_COS = 19, QM_RECIPROCAL = 20, QM_GELU_GRAD = 21, QM_SILU_GRAD = 22, QM_UNARY_COUNT = 23 };
 int32_t qm_unary(int32_t op, const qm_tensor *x, const qm_tensor *out, double p0, double p1);
 /* out = a op b, float, numpy broadcasting to out's shape; the comparisons give 1 or 0.
-** Types may differ: computed in f32. */
+** Types may differ: computed in f32. MAXIMUM and MINIMUM are NaN where a or b is. */
 enum { QM_ADD = 0, QM_SUB = 1, QM_MUL = 2, QM_DIV = 3, QM_MAXIMUM = 4, QM_MINIMUM = 5, QM_EQ = 6,
        QM_LT = 7, QM_LE = 8, QM_BINARY_COUNT = 9 };
 int32_t qm_binary(int32_t op, const qm_tensor *a, const qm_tensor *b, const qm_tensor *out);
 /* out = alpha x + beta out; same shape, float, types may differ. */
 int32_t qm_accumulate(const qm_tensor *x, const qm_tensor *out, double alpha, double beta);
-/* Reduce dimension dim (from 0) of x to size 1 in a fixed order; sums run in f64 in the reference.
-** x float, out float; ARGMAX: out i32, the first of equals. */
+/* Reduce dimension dim (from 0) of x in a fixed order; in out it has size 1, or is left out. Sums run
+** in f64 in the reference. x float, out float; ARGMAX: out i32, from 0, the first of equals. MAX and
+** MIN of a NaN are NaN, and ARGMAX finds the first. */
 enum { QM_SUM = 0, QM_MEAN = 1, QM_MAX = 2, QM_MIN = 3, QM_ARGMAX = 4, QM_REDUCE_COUNT = 5 };
 int32_t qm_reduce(int32_t op, const qm_tensor *x, const qm_tensor *out, int32_t dim);
 /* out += (accumulate != 0) the sum of squares of all of x; out f32 []. The sum of a tensor with a
@@ -177,7 +180,8 @@ int32_t qm_reduce(int32_t op, const qm_tensor *x, const qm_tensor *out, int32_t 
 int32_t qm_sum_squares(const qm_tensor *x, const qm_tensor *out, int32_t accumulate);
 /* out[..] = x transposed by dims: out's dimension i is x's dims[i]. Any type. */
 int32_t qm_permute(const qm_tensor *x, const qm_tensor *out, const int32_t *dims);
-/* out[i, :] = x[index[i], :]; x any type [V, C] (or [V]), index i32 [R], out [R, C].
+/* out[i, :] = x[index[i], :]; x any type [V, C] (or [V]), index i32 [R], out [R, C] of
+** x's type, or of any float type when x is float.
 ** An index outside [0, V) is QM_E_ARGUMENT. */
 int32_t qm_gather(const qm_tensor *x, const qm_tensor *index, const qm_tensor *out);
 /* out[index[i], :] += x[i, :], in the order of i; out f32 [V, C], x float [R, C]. */

@@ -52,6 +52,11 @@ static inline uint16_t qm_to_f16(float x) {
   return (uint16_t)(sign | ((rounded - 0x38000000u) >> 13)); /* may carry into infinity, rightly */
 }
 
+/* Bytes of one element of any type. */
+static inline int64_t qm_element_size(int32_t dtype) {
+  static const int8_t sizes[QM_DTYPE_COUNT] = {4, 2, 2, 1, 1, 2, 4, 8};
+  return sizes[dtype];
+}
 /* One element of any float type as f32, and back. For reference kernels and slow paths. */
 static inline float qm_load(const void *data, int32_t dtype, int64_t i) {
   if (dtype == QM_F32) return ((const float *)data)[i];
