@@ -31,6 +31,8 @@ static level_choice choose_level(void) {
   return best;
 }
 
+static qm_backend backend;
+
 static int32_t open_device(int32_t index, void **out) {
   if (index != 0)
     return qm_reference_host->fail(QM_E_DEVICE, "the cpu backend has one device, index 0, got %d",
@@ -39,6 +41,7 @@ static int32_t open_device(int32_t index, void **out) {
   if (context == NULL) return qm_reference_host->fail(QM_E_MEMORY, "the host is out of memory");
   context->threads = omp_get_max_threads();
   context->level = choose_level().name;
+  context->kernels = &backend.kernels;
   const int32_t status = qm_cpu_gemm_open(context);
   if (status != QM_OK) {
     free(context);
@@ -68,7 +71,6 @@ static void describe(void *opaque, qm_device_info *out) {
 }
 
 const qm_backend *qm_cpu_backend(const qm_host *host) {
-  static qm_backend backend;
   backend = *qm_reference_backend(host);
   backend.name = "cpu";
   backend.open = open_device;
