@@ -135,4 +135,17 @@ int32_t qm__profile_book(const char *kernel, double started, int32_t status);
               (call).device->backend->kernels.kernel((call).device->context, (args))))             \
        : qm__unsupported(&(call), #kernel))
 
+/* ---- safetensors.c, safetensors_writer.c ---- */
+
+/* A file's element types, as its header names them; dtype -1 where no tensor of ours can hold it. */
+typedef struct qm__file_type {
+  const char *name;
+  int32_t dtype;
+  int32_t size_bytes;
+} qm__file_type;
+const qm__file_type *qm__file_type_named(const char *name);
+const qm__file_type *qm__file_type_of(int32_t dtype);
+/* Check the bytes of a whole file and list its tensors; *out does not own the bytes. */
+int32_t qm__safetensors_parse(const char *bytes, int64_t size_bytes, qm_safetensors **out);
+
 #endif

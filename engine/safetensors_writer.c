@@ -1,0 +1,266 @@
+/* safetensors_writer.c - writing safetensors files so that a kill at any instant leaves the old
+** file or the new one, whole.
+**
+** Everything goes to "<path>.partial", which commit syncs and renames. The name is always the same,
+** so that killed runs leave one stale file at most; a lock keeps two writers apart.
+*/
+#include <errno.h>
+#include <fcntl.h>
+#include <jansson.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/file.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "internal.h"
+
+enum { CHUNK_BYTES = 4 << 20, TRIES = 100 };
+
+struct qm_safetensors_writer {
+  char *path, *partial_path;
+  int file;         /* -1 once closed */
+  json_t *header;   /* the JSON to be, in the order declared */
+  json_t *metadata; /* borrowed from header, or NULL */
+  qm_tensor *likes; /* shape and type of each declared tensor */
+  int64_t count, written, data_bytes;
+  bool begun;  /* the header stands in the file */
+  bool failed; /* what stands in the file cannot be trusted */
+};
+
+static int32_t out_of_memory(void) { return qm__fail(QM_E_MEMORY, "the host is out of memory"); }
+
+/* Open and lock the partial file. It may be renamed away between the two calls, when another
+** writer commits; then what we hold is no longer the partial file, and we try again. */
+static int32_t open_partial(qm_safetensors_writer *writer) {
+  const int flags = O_WRONLY | O_CREAT | O_NOFOLLOW | O_CLOEXEC;
+  for (int i = 0; i < TRIES; i++) {
+    const int file = open(writer->partial_path, flags, 0666);
+    if (file < 0) return qm__fail(QM_E_IO, "%s: %s", writer->partial_path, strerror(errno));
+    if (flock(file, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK) {
+      close(file);
+      return qm__fail(QM_E_IO, "%s: somebody else is writing it", writer->partial_path);
+    }
+    struct stat held, named;
+    const bool ours = fstat(file, &held) == 0 && S_ISREG(held.st_mode) &&
+                      stat(writer->partial_path, &named) == 0 && held.st_ino == named.st_ino &&
+                      held.st_dev == named.st_dev;
+    if (ours && ftruncate(file, 0) == 0) {
+      writer->file = file;
+      return QM_OK;
+    }
+    close(file);
+  }
+  return qm__fail(QM_E_IO, "%s: cannot be opened for writing", writer->partial_path);
+}
+
+int32_t qm_safetensors_create(const char *path, qm_safetensors_writer **out) {
+  if (path == NULL || out == NULL) return qm__fail(QM_E_ARGUMENT, "qm_safetensors_create: NULL");
+  qm_safetensors_writer *writer = calloc(1, sizeof *writer);
+  if (writer == NULL) return out_of_memory();
+  qm__handle_opened();
+  writer->file = -1;
+  const size_t room = strlen(path) + sizeof ".partial";
+  writer->path = strdup(path);
+  writer->partial_path = malloc(room);
+  writer->header = json_object();
+  int32_t status = QM_OK;
+  if (writer->path == NULL || writer->partial_path == NULL || writer->header == NULL) {
+    status = out_of_memory();
+  } else {
+    snprintf(writer->partial_path, room, "%s.partial", path);
+    status = open_partial(writer);
+  }
+  if (status != QM_OK) {
+    qm_safetensors_writer_release(writer);
+    return status;
+  }
+  *out = writer;
+  return QM_OK;
+}
+
+static int32_t check_declaring(const qm_safetensors_writer *writer, const char *name) {
+  if (writer == NULL || name == NULL) return qm__fail(QM_E_ARGUMENT, "qm_safetensors_writer: NULL");
+  if (writer->begun || writer->file < 0)
+    return qm__fail(QM_E_ARGUMENT, "%s: '%s' is declared after the first tensor was written",
+                    writer->path, name);
+  return QM_OK;
+}
+
+int32_t qm_safetensors_add_metadata(qm_safetensors_writer *writer, const char *key,
+                                    const char *value) {
+  const int32_t status = check_declaring(writer, key);
+  if (status != QM_OK) return status;
+  if (writer->metadata == NULL) {
+    json_t *metadata = json_object();
+    if (json_object_set_new(writer->header, "__metadata__", metadata) != 0) return out_of_memory();
+    writer->metadata = metadata;
+  }
+  json_t *text = value == NULL ? NULL : json_string(value);
+  if (json_object_set_new(writer->metadata, key, text) != 0)
+    return qm__fail(QM_E_ARGUMENT, "%s: metadata '%s' is not UTF-8", writer->path, key);
+  return QM_OK;
+}
+
+int32_t qm_safetensors_add(qm_safetensors_writer *writer, const char *name, const qm_tensor *like) {
+  const int32_t status = check_declaring(writer, name);
+  if (status != QM_OK) return status;
+  const qm__file_type *type = like == NULL ? NULL : qm__file_type_of(like->dtype);
+  if (type == NULL || like->ndim < 0 || like->ndim > QM_DIMS_MAX)
+    return qm__fail(QM_E_ARGUMENT, "%s: '%s' is not a tensor", writer->path, name);
+  if (strcmp(name, "__metadata__") == 0 || json_object_get(writer->header, name) != NULL)
+    return qm__fail(QM_E_ARGUMENT, "%s: the name '%s' is taken", writer->path, name);
+  json_t *shape = json_array();
+  int64_t bytes = type->size_bytes;
+  bool fits = true;
+  for (int32_t i = 0; i < like->ndim; i++) {
+    fits = fits && like->shape[i] >= 0 && !__builtin_mul_overflow(bytes, like->shape[i], &bytes);
+    json_array_append_new(shape, json_integer(like->shape[i]));
+  }
+  int64_t end;
+  if (!fits || __builtin_add_overflow(writer->data_bytes, bytes, &end)) {
+    json_decref(shape);
+    return qm__fail(QM_E_ARGUMENT, "%s: the extents of '%s' make no sense", writer->path, name);
+  }
+  qm_tensor *likes = realloc(writer->likes, (size_t)(writer->count + 1) * sizeof *likes);
+  if (likes != NULL) writer->likes = likes;
+  json_t *entry = json_pack("{s:s, s:o, s:[I, I]}", "dtype", type->name, "shape", shape,
+                            "data_offsets", (json_int_t)writer->data_bytes, (json_int_t)end);
+  if (likes == NULL || entry == NULL) {
+    json_decref(entry);
+    return out_of_memory();
+  }
+  if (json_object_set_new(writer->header, name, entry) != 0)
+    return qm__fail(QM_E_ARGUMENT, "%s: the name '%s' is not UTF-8", writer->path, name);
+  likes[writer->count++] = *like;
+  writer->data_bytes = end;
+  return QM_OK;
+}
+
+static int32_t put(qm_safetensors_writer *writer, const void *bytes, int64_t size_bytes) {
+  const char *at = bytes;
+  while (size_bytes > 0) {
+    const ssize_t count = write(writer->file, at, (size_t)size_bytes);
+    if (count < 0 && errno == EINTR) continue;
+    if (count <= 0) {
+      writer->failed = true;
+      return qm__fail(QM_E_IO, "%s: %s", writer->partial_path,
+                      strerror(count < 0 ? errno : ENOSPC));
+    }
+    at += count;
+    size_bytes -= count;
+  }
+  return QM_OK;
+}
+
+/* The length and the JSON, padded with spaces so that the data begins at a multiple of 8. */
+static int32_t begin(qm_safetensors_writer *writer) {
+  if (writer->begun) return QM_OK;
+  char *text = json_dumps(writer->header, JSON_COMPACT);
+  if (text == NULL) return out_of_memory();
+  const size_t length = strlen(text), padded = (length + 7) / 8 * 8;
+  unsigned char prefix[8];
+  for (int i = 0; i < 8; i++) prefix[i] = (unsigned char)((uint64_t)padded >> (8 * i));
+  writer->begun = true;
+  int32_t status = put(writer, prefix, sizeof prefix);
+  if (status == QM_OK) status = put(writer, text, (int64_t)length);
+  if (status == QM_OK) status = put(writer, "       ", (int64_t)(padded - length));
+  free(text);
+  return status;
+}
+
+/* From a device whose memory the host cannot read, in chunks by way of a buffer. */
+static int32_t put_array(qm_safetensors_writer *writer, const qm_device *device,
+                         const qm_array *array, int64_t size_bytes) {
+  if (device->backend->host_memory) {
+    const int32_t status = device->backend->sync(device->context);
+    return status != QM_OK ? status : put(writer, array->data, size_bytes);
+  }
+  char *buffer = malloc(CHUNK_BYTES);
+  if (buffer == NULL) return out_of_memory();
+  int32_t status = QM_OK;
+  for (int64_t at = 0; at < size_bytes && status == QM_OK; at += CHUNK_BYTES) {
+    const int64_t rest = size_bytes - at, chunk = rest < CHUNK_BYTES ? rest : CHUNK_BYTES;
+    status = device->backend->read(device->context, (const char *)array->data + at, buffer, chunk);
+    if (status == QM_OK) status = put(writer, buffer, chunk);
+  }
+  free(buffer);
+  return status;
+}
+
+int32_t qm_safetensors_write(qm_safetensors_writer *writer, const qm_tensor *x) {
+  if (writer == NULL) return qm__fail(QM_E_ARGUMENT, "qm_safetensors_writer: NULL");
+  if (writer->file < 0 || writer->failed || writer->written == writer->count)
+    return qm__fail(QM_E_ARGUMENT, "%s: no further tensor is expected", writer->path);
+  qm__call call = qm__begin("qm_safetensors_write");
+  qm_array array;
+  qm__operand(&call, "x", x, "any [...]", QM__READ, &array);
+  if (qm__finish(&call) != QM_OK) return call.status;
+  const qm_tensor *like = &writer->likes[writer->written];
+  bool same = x->dtype == like->dtype && x->ndim == like->ndim;
+  for (int32_t i = 0; i < x->ndim && same; i++) same = x->shape[i] == like->shape[i];
+  char expected[128], got[128];
+  qm__describe(like, expected, sizeof expected);
+  qm__describe(x, got, sizeof got);
+  qm__require(&call, same, "argument 'x': declared as %s, got %s", expected, got);
+  if (call.status != QM_OK) return call.status;
+  int32_t status = begin(writer);
+  if (status == QM_OK)
+    status = put_array(writer, call.device, &array, array.count * qm_dtype_size(array.dtype));
+  if (status != QM_OK) {
+    writer->failed = true;
+    return status;
+  }
+  writer->written++;
+  return QM_OK;
+}
+
+/* A rename is safe on disk only when its folder is. */
+static int32_t sync_folder(const char *path) {
+  const char *slash = strrchr(path, '/');
+  char *folder = slash == NULL   ? strdup(".")
+                 : slash == path ? strdup("/")
+                                 : strndup(path, (size_t)(slash - path));
+  if (folder == NULL) return out_of_memory();
+  const int file = open(folder, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+  int32_t status = QM_OK;
+  /* Some file systems cannot sync a folder and say EINVAL; then there is nothing to wait for. */
+  if (file < 0 || (fsync(file) != 0 && errno != EINVAL))
+    status = qm__fail(QM_E_IO, "%s: %s", folder, strerror(errno));
+  if (file >= 0) close(file);
+  free(folder);
+  return status;
+}
+
+int32_t qm_safetensors_commit(qm_safetensors_writer *writer) {
+  if (writer == NULL) return qm__fail(QM_E_ARGUMENT, "qm_safetensors_writer: NULL");
+  if (writer->file < 0 || writer->failed || writer->written != writer->count)
+    return qm__fail(QM_E_ARGUMENT, "%s: %lld of %lld tensors were written", writer->path,
+                    (long long)writer->written, (long long)writer->count);
+  const int32_t status = begin(writer);
+  if (status != QM_OK) return status;
+  if (fsync(writer->file) != 0) {
+    writer->failed = true;
+    return qm__fail(QM_E_IO, "%s: %s", writer->partial_path, strerror(errno));
+  }
+  if (rename(writer->partial_path, writer->path) != 0)
+    return qm__fail(QM_E_IO, "%s: %s", writer->path, strerror(errno));
+  close(writer->file);
+  writer->file = -1;
+  return sync_folder(writer->path);
+}
+
+void qm_safetensors_writer_release(qm_safetensors_writer *writer) {
+  if (writer == NULL) return;
+  if (writer->file >= 0) {
+    unlink(writer->partial_path); /* before the lock goes */
+    close(writer->file);
+  }
+  json_decref(writer->header);
+  free(writer->likes);
+  free(writer->partial_path);
+  free(writer->path);
+  free(writer);
+  qm__handle_closed();
+}
