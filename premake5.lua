@@ -6,8 +6,15 @@
 -- One shared library comes out: build/<config>/libquartermoon.so, the engine with the reference and
 -- the CPU kernels. The CPU kernels are compiled once per instruction-set level and chosen at run time.
 
-workspace = workspace or solution -- premake 4.3 says solution and configuration,
-local when = filter or configuration -- premake 5 says workspace and filter
+-- Premake 5 says workspace and filter, 4.3 says solution and configuration.
+local is_premake5 = filter ~= nil
+workspace = workspace or solution
+local function when(config)
+  if is_premake5 then filter("configurations:" .. config) else configuration(config) end
+end
+
+-- What clang alone needs: a shared library leaves the sanitizers' runtime to the program.
+local is_clang = (os.getenv("CC") or ""):find("clang") ~= nil
 
 local function machine()
   local pipe = io.popen("uname -m")
@@ -36,6 +43,8 @@ workspace "quartermoon"
     "-Wmissing-prototypes", "-Wdouble-promotion", "-Werror",
   }
   linkoptions { "-fopenmp" }
+  -- Keep the symbols: both premakes strip what is not said to have them.
+  if is_premake5 then symbols "On" else flags { "Symbols" } end
   when "release"
     buildoptions { "-O3", "-g1" }
     targetdir "build/release"
@@ -46,6 +55,7 @@ workspace "quartermoon"
     buildoptions { "-O1", "-g", "-DQM_DEBUG", "-fsanitize=address,undefined", "-fno-omit-frame-pointer",
       "-fno-sanitize-recover=undefined" }
     linkoptions { "-fsanitize=address,undefined" }
+    if is_clang then linkoptions { "-shared-libsan" } end
     targetdir "build/asan"
 
 -- Premake 4.3 names objects after their source alone, so each folder is a library of its own.
