@@ -31,7 +31,7 @@ describe("qm.rms_norm", function()
   local tolerance = { f32 = 2e-6, bf16 = 2 ^ -8, f16 = 2 ^ -10 }
   for _, dtype in ipairs({ "f32", "bf16", "f16" }) do
     it("and its gradient equal the reference in " .. dtype .. ", on odd sizes", function()
-      for _, shape in ipairs({ { 1, 1 }, { 3, 5 }, { 7, 515 }, { 130, 96 }, { 67, 1030 }, { 0, 4 } }) do
+      for _, shape in ipairs({ { 1, 7 }, { 3, 5 }, { 7, 515 }, { 130, 96 }, { 67, 1030 }, { 0, 4 } }) do
         local x = qm.randn(shape, reference, 0.5, 3):to(dtype)
         local weight = qm.randn({ shape[2] }, reference):to(dtype == "f16" and "f16" or "f32")
         local dout = qm.randn(shape, reference):to(dtype)

@@ -6,7 +6,7 @@ int32_t QM_CPU(swiglu)(void *context, const qm_swiglu_args *args) {
   (void)context;
   const int32_t dtype = args->out.dtype;
   const int64_t count = args->out.count;
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (count > QM_PARALLEL_MIN)
   for (int64_t i = 0; i < count; i += QM_BLOCK) {
     float gate[QM_BLOCK], up[QM_BLOCK];
     const int64_t n = QM_MIN(QM_BLOCK, count - i);
@@ -22,7 +22,7 @@ int32_t QM_CPU(swiglu_backward)(void *context, const qm_swiglu_backward_args *ar
   (void)context;
   const int32_t dtype = args->dout.dtype;
   const int64_t count = args->dout.count;
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (count > QM_PARALLEL_MIN)
   for (int64_t i = 0; i < count; i += QM_BLOCK) {
     float dout[QM_BLOCK], gate[QM_BLOCK], up[QM_BLOCK];
     const int64_t n = QM_MIN(QM_BLOCK, count - i);

@@ -8,6 +8,8 @@
 
 /* Elements a block holds: 2 KiB of f32, so that a handful stays in the first-level cache. */
 enum { QM_BLOCK = 512 };
+/* Below so many elements, waking the other threads costs more than they bring. */
+enum { QM_PARALLEL_MIN = 1 << 14 };
 #define QM_MIN(a, b) ((a) < (b) ? (a) : (b))
 
 /* n elements of a float type from data + i to f32, and back. */
