@@ -28,8 +28,12 @@ function qm.handles_live() return tonumber(require("quartermoon.ffi").lib.qm_han
 for _, name in ipairs({
   "adam",
   "attention",
+  "elementwise",
+  "index",
   "layers",
   "linalg",
+  "reduce",
+  "shape",
 }) do
   for key, value in pairs(require("quartermoon.ops." .. name)) do qm[key] = value end
 end

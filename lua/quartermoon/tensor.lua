@@ -317,16 +317,25 @@ function Tensor:view_rows(name, first, length)
   return view(self, shape, self.desc.offset_bytes + (first - 1) * row_bytes)
 end
 
+---Refuse to overwrite what the tape may still need.
+function Tensor:writable(name)
+  if self:alive(name).node then
+    binding.raise(name .. ": this tensor is on the gradient tape, which may still need its value: change a :clone(), "
+      .. "or compute it under qm.no_grad")
+  end
+  return self
+end
+
 ---Overwrite with `value`. @return qm.Tensor self
 function Tensor:fill(value)
   check.type("fill", "value", value, "number")
-  binding.check(lib.qm_fill(self:alive("fill").desc, value), "fill")
+  binding.check(lib.qm_fill(self:writable("fill").desc, value), "fill")
   return self
 end
 
 ---Overwrite with another tensor's values, converting types. @return qm.Tensor self
 function Tensor:copy(source)
-  binding.check(lib.qm_copy(check.desc("copy", "source", source), self:alive("copy").desc), "copy")
+  binding.check(lib.qm_copy(check.desc("copy", "source", source), self:writable("copy").desc), "copy")
   return self
 end
 

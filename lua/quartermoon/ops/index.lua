@@ -1,0 +1,65 @@
+---Rows by their number.
+
+local binding = require("quartermoon.ffi")
+local check = require("quartermoon.check")
+local tensors = require("quartermoon.tensor")
+local autograd = require("quartermoon.autograd")
+local lib = binding.lib
+
+local M = {}
+
+---The gradient of `x`: every row of dout added to the row it came from. A leaf's goes straight into
+---its own buffer, for a vocabulary's is large.
+local function scattered(name, x, index, dout)
+  local sum
+  if x.node then
+    sum = x:zeros_like("f32")
+  else
+    local beta
+    sum, beta = autograd.leaf_grad(x)
+    if beta == 0 then sum:fill(0) end
+  end
+  binding.check(lib.qm_scatter_add(dout.desc, index.desc, sum.desc), name)
+  if not x.node then return nil end
+  if x.dtype == "f32" then return sum end
+  local dx = sum:to(x.dtype)
+  sum:free()
+  return dx
+end
+
+local function rows(name, argument, x, index, dtype)
+  local desc, index_desc = check.desc(name, argument, x), check.desc(name, "index", index)
+  local shape = { index.shape[1] or 1, x.shape[2] }
+  local out = tensors.empty(shape, { dtype = dtype or x.dtype, device = x.device })
+  binding.check(lib.qm_gather(desc, index_desc, out.desc), name)
+  return autograd.record(name, { x }, { out }, {}, function(dout) return scattered(name, x, index, dout) end)
+end
+
+---The rows of x that index names: `out[i] = x[index[i]]`.
+---@param x qm.Tensor      any [V, C] or [V]
+---@param index qm.Tensor  i32 [R], each from 0 to V - 1; must stay unchanged until backward()
+---@return qm.Tensor       x's type, [R, C] or [R]
+---@raise when a number in index is outside
+function M.gather(x, index) return rows("qm.gather", "x", x, index) end
+
+local IS_FLOAT = { f32 = true, f16 = true, bf16 = true }
+local EMBEDDING_OPTIONS = { dtype = check.optional }
+
+---The rows of an embedding table, converted to the activations' type.
+---@param weight qm.Tensor   float [V, C]
+---@param index qm.Tensor    i32 [R], token numbers from 0 to V - 1; must stay unchanged until backward()
+---@param options table|nil  { dtype = weight's type }
+---@return qm.Tensor         dtype, [R, C]
+---@raise when a token number is outside
+function M.embedding(weight, index, options)
+  local name = "qm.embedding"
+  options = check.options(name, options, EMBEDDING_OPTIONS)
+  check.desc(name, "weight", weight)
+  if options.dtype then check.one_of(name, "dtype", options.dtype, { "f32", "f16", "bf16" }) end
+  if #weight.shape ~= 2 or not IS_FLOAT[weight.dtype] then check.fail(name, "weight", "float [V, C]", weight) end
+  return rows(name, "weight", weight, index, options.dtype)
+end
+
+tensors.Tensor.gather = M.gather
+
+return M
