@@ -333,6 +333,17 @@ int32_t qm_mpq_update(const qm_mpq *q, const qm_tensor *grad, const qm_tensor *e
 int32_t qm_mpq_update_bie(const qm_mpq *q, const qm_tensor *grad, const qm_tensor *exp_avg,
                           const qm_tensor *exp_avg_sq, const qm_adam *adam);
 
+/* ---- files ---- */
+
+typedef struct qm_file qm_file; /* handle: a file being written */
+
+/* Write to "<path>.partial"; commit syncs and renames, release without commit removes: a kill at
+** any instant leaves the old file or the new one, whole. */
+int32_t qm_file_create(const char *path, qm_file **out);
+int32_t qm_file_write(qm_file *file, const void *bytes, int64_t size_bytes);
+int32_t qm_file_commit(qm_file *file);
+void qm_file_release(qm_file *file);
+
 /* ---- safetensors ---- */
 
 typedef struct qm_safetensors qm_safetensors; /* handle: a mapped file, checked on opening */
@@ -352,8 +363,8 @@ int32_t qm_safetensors_metadata(const qm_safetensors *file, int64_t index, const
 /* Copy tensor i into out, on any device; shape and type must agree. */
 int32_t qm_safetensors_read(const qm_safetensors *file, int64_t index, const qm_tensor *out);
 
-/* Write to a temporary name beside path; commit syncs and renames, release without commit removes.
-** Declare metadata and every tensor first, then write the tensors in the order declared. */
+/* Atomic, as a qm_file is. Declare metadata and every tensor first, then write the tensors in the
+** order declared. */
 int32_t qm_safetensors_create(const char *path, qm_safetensors_writer **out);
 int32_t qm_safetensors_add_metadata(qm_safetensors_writer *writer, const char *key,
                                     const char *value);

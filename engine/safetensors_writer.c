@@ -1,77 +1,38 @@
-/* safetensors_writer.c - writing safetensors files so that a kill at any instant leaves the old
-** file or the new one, whole.
+/* safetensors_writer.c - writing safetensors files: declared whole, then written in order.
 **
-** Everything goes to "<path>.partial", which commit syncs and renames. The name is always the same,
-** so that killed runs leave one stale file at most; a lock keeps two writers apart.
+** file.c makes it atomic. Source: https://huggingface.co/docs/safetensors.
 */
-#include <errno.h>
-#include <fcntl.h>
 #include <jansson.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/file.h>
-#include <sys/stat.h>
-#include <unistd.h>
 
 #include "internal.h"
 
-enum { CHUNK_BYTES = 4 << 20, TRIES = 100 };
+enum { CHUNK_BYTES = 4 << 20 };
 
 struct qm_safetensors_writer {
-  char *path, *partial_path;
-  int file;         /* -1 once closed */
+  char *path; /* for messages */
+  qm_file *file;
   json_t *header;   /* the JSON to be, in the order declared */
   json_t *metadata; /* borrowed from header, or NULL */
   qm_tensor *likes; /* shape and type of each declared tensor */
   int64_t count, written, data_bytes;
   bool begun;  /* the header stands in the file */
-  bool failed; /* what stands in the file cannot be trusted */
+  bool failed; /* a tensor is there in part */
 };
 
 static int32_t out_of_memory(void) { return qm__fail(QM_E_MEMORY, "the host is out of memory"); }
-
-/* Open and lock the partial file. It may be renamed away between the two calls, when another
-** writer commits; then what we hold is no longer the partial file, and we try again. */
-static int32_t open_partial(qm_safetensors_writer *writer) {
-  const int flags = O_WRONLY | O_CREAT | O_NOFOLLOW | O_CLOEXEC;
-  for (int i = 0; i < TRIES; i++) {
-    const int file = open(writer->partial_path, flags, 0666);
-    if (file < 0) return qm__fail(QM_E_IO, "%s: %s", writer->partial_path, strerror(errno));
-    if (flock(file, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK) {
-      close(file);
-      return qm__fail(QM_E_IO, "%s: somebody else is writing it", writer->partial_path);
-    }
-    struct stat held, named;
-    const bool ours = fstat(file, &held) == 0 && S_ISREG(held.st_mode) &&
-                      stat(writer->partial_path, &named) == 0 && held.st_ino == named.st_ino &&
-                      held.st_dev == named.st_dev;
-    if (ours && ftruncate(file, 0) == 0) {
-      writer->file = file;
-      return QM_OK;
-    }
-    close(file);
-  }
-  return qm__fail(QM_E_IO, "%s: cannot be opened for writing", writer->partial_path);
-}
 
 int32_t qm_safetensors_create(const char *path, qm_safetensors_writer **out) {
   if (path == NULL || out == NULL) return qm__fail(QM_E_ARGUMENT, "qm_safetensors_create: NULL");
   qm_safetensors_writer *writer = calloc(1, sizeof *writer);
   if (writer == NULL) return out_of_memory();
   qm__handle_opened();
-  writer->file = -1;
-  const size_t room = strlen(path) + sizeof ".partial";
   writer->path = strdup(path);
-  writer->partial_path = malloc(room);
   writer->header = json_object();
-  int32_t status = QM_OK;
-  if (writer->path == NULL || writer->partial_path == NULL || writer->header == NULL) {
-    status = out_of_memory();
-  } else {
-    snprintf(writer->partial_path, room, "%s.partial", path);
-    status = open_partial(writer);
-  }
+  const int32_t status = writer->path == NULL || writer->header == NULL
+                             ? out_of_memory()
+                             : qm_file_create(path, &writer->file);
   if (status != QM_OK) {
     qm_safetensors_writer_release(writer);
     return status;
@@ -82,7 +43,7 @@ int32_t qm_safetensors_create(const char *path, qm_safetensors_writer **out) {
 
 static int32_t check_declaring(const qm_safetensors_writer *writer, const char *name) {
   if (writer == NULL || name == NULL) return qm__fail(QM_E_ARGUMENT, "qm_safetensors_writer: NULL");
-  if (writer->begun || writer->file < 0)
+  if (writer->begun)
     return qm__fail(QM_E_ARGUMENT, "%s: '%s' is declared after the first tensor was written",
                     writer->path, name);
   return QM_OK;
@@ -138,22 +99,6 @@ int32_t qm_safetensors_add(qm_safetensors_writer *writer, const char *name, cons
   return QM_OK;
 }
 
-static int32_t put(qm_safetensors_writer *writer, const void *bytes, int64_t size_bytes) {
-  const char *at = bytes;
-  while (size_bytes > 0) {
-    const ssize_t count = write(writer->file, at, (size_t)size_bytes);
-    if (count < 0 && errno == EINTR) continue;
-    if (count <= 0) {
-      writer->failed = true;
-      return qm__fail(QM_E_IO, "%s: %s", writer->partial_path,
-                      strerror(count < 0 ? errno : ENOSPC));
-    }
-    at += count;
-    size_bytes -= count;
-  }
-  return QM_OK;
-}
-
 /* The length and the JSON, padded with spaces so that the data begins at a multiple of 8. */
 static int32_t begin(qm_safetensors_writer *writer) {
   if (writer->begun) return QM_OK;
@@ -163,9 +108,9 @@ static int32_t begin(qm_safetensors_writer *writer) {
   unsigned char prefix[8];
   for (int i = 0; i < 8; i++) prefix[i] = (unsigned char)((uint64_t)padded >> (8 * i));
   writer->begun = true;
-  int32_t status = put(writer, prefix, sizeof prefix);
-  if (status == QM_OK) status = put(writer, text, (int64_t)length);
-  if (status == QM_OK) status = put(writer, "       ", (int64_t)(padded - length));
+  int32_t status = qm_file_write(writer->file, prefix, sizeof prefix);
+  if (status == QM_OK) status = qm_file_write(writer->file, text, (int64_t)length);
+  if (status == QM_OK) status = qm_file_write(writer->file, "       ", (int64_t)(padded - length));
   free(text);
   return status;
 }
@@ -175,7 +120,7 @@ static int32_t put_array(qm_safetensors_writer *writer, const qm_device *device,
                          const qm_array *array, int64_t size_bytes) {
   if (device->backend->host_memory) {
     const int32_t status = device->backend->sync(device->context);
-    return status != QM_OK ? status : put(writer, array->data, size_bytes);
+    return status != QM_OK ? status : qm_file_write(writer->file, array->data, size_bytes);
   }
   char *buffer = malloc(CHUNK_BYTES);
   if (buffer == NULL) return out_of_memory();
@@ -183,7 +128,7 @@ static int32_t put_array(qm_safetensors_writer *writer, const qm_device *device,
   for (int64_t at = 0; at < size_bytes && status == QM_OK; at += CHUNK_BYTES) {
     const int64_t rest = size_bytes - at, chunk = rest < CHUNK_BYTES ? rest : CHUNK_BYTES;
     status = device->backend->read(device->context, (const char *)array->data + at, buffer, chunk);
-    if (status == QM_OK) status = put(writer, buffer, chunk);
+    if (status == QM_OK) status = qm_file_write(writer->file, buffer, chunk);
   }
   free(buffer);
   return status;
@@ -191,7 +136,7 @@ static int32_t put_array(qm_safetensors_writer *writer, const qm_device *device,
 
 int32_t qm_safetensors_write(qm_safetensors_writer *writer, const qm_tensor *x) {
   if (writer == NULL) return qm__fail(QM_E_ARGUMENT, "qm_safetensors_writer: NULL");
-  if (writer->file < 0 || writer->failed || writer->written == writer->count)
+  if (writer->failed || writer->written == writer->count)
     return qm__fail(QM_E_ARGUMENT, "%s: no further tensor is expected", writer->path);
   qm__call call = qm__begin("qm_safetensors_write");
   qm_array array;
@@ -208,58 +153,25 @@ int32_t qm_safetensors_write(qm_safetensors_writer *writer, const qm_tensor *x) 
   int32_t status = begin(writer);
   if (status == QM_OK)
     status = put_array(writer, call.device, &array, array.count * qm_dtype_size(array.dtype));
-  if (status != QM_OK) {
-    writer->failed = true;
-    return status;
-  }
-  writer->written++;
-  return QM_OK;
-}
-
-/* A rename is safe on disk only when its folder is. */
-static int32_t sync_folder(const char *path) {
-  const char *slash = strrchr(path, '/');
-  char *folder = slash == NULL   ? strdup(".")
-                 : slash == path ? strdup("/")
-                                 : strndup(path, (size_t)(slash - path));
-  if (folder == NULL) return out_of_memory();
-  const int file = open(folder, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-  int32_t status = QM_OK;
-  /* Some file systems cannot sync a folder and say EINVAL; then there is nothing to wait for. */
-  if (file < 0 || (fsync(file) != 0 && errno != EINVAL))
-    status = qm__fail(QM_E_IO, "%s: %s", folder, strerror(errno));
-  if (file >= 0) close(file);
-  free(folder);
+  writer->failed = status != QM_OK;
+  if (status == QM_OK) writer->written++;
   return status;
 }
 
 int32_t qm_safetensors_commit(qm_safetensors_writer *writer) {
   if (writer == NULL) return qm__fail(QM_E_ARGUMENT, "qm_safetensors_writer: NULL");
-  if (writer->file < 0 || writer->failed || writer->written != writer->count)
+  if (writer->written != writer->count)
     return qm__fail(QM_E_ARGUMENT, "%s: %lld of %lld tensors were written", writer->path,
                     (long long)writer->written, (long long)writer->count);
   const int32_t status = begin(writer);
-  if (status != QM_OK) return status;
-  if (fsync(writer->file) != 0) {
-    writer->failed = true;
-    return qm__fail(QM_E_IO, "%s: %s", writer->partial_path, strerror(errno));
-  }
-  if (rename(writer->partial_path, writer->path) != 0)
-    return qm__fail(QM_E_IO, "%s: %s", writer->path, strerror(errno));
-  close(writer->file);
-  writer->file = -1;
-  return sync_folder(writer->path);
+  return status != QM_OK ? status : qm_file_commit(writer->file);
 }
 
 void qm_safetensors_writer_release(qm_safetensors_writer *writer) {
   if (writer == NULL) return;
-  if (writer->file >= 0) {
-    unlink(writer->partial_path); /* before the lock goes */
-    close(writer->file);
-  }
+  qm_file_release(writer->file);
   json_decref(writer->header);
   free(writer->likes);
-  free(writer->partial_path);
   free(writer->path);
   free(writer);
   qm__handle_closed();
