@@ -67,7 +67,9 @@ function M.check_gradients(fn, inputs, options)
   out:backward(seed_grad)
   for index, input in ipairs(inputs) do
     if input.requires_grad then
-      local analytic = assert(input.grad, "input " .. index .. " got no gradient"):host()
+      -- No gradient at all is right where the differences are zero.
+      local grad = input.grad or input:zeros_like()
+      local analytic = grad:host()
       local buffer, count = input:host()
       local numeric, largest = {}, 1e-6
       for i = 0, count - 1 do
