@@ -147,6 +147,13 @@ describe("qm.linear", function()
   it("has the gradient that central differences show", function()
     local options = { device = "reference", requires_grad = true }
     testing.check_gradients(qm.linear, { qm.randn({ 3, 5 }, options), qm.randn({ 5, 4 }, options) })
+    testing.check_gradients(qm.linear, { qm.randn({ 3, 5 }, options), qm.randn({ 5, 4 }, options),
+      qm.randn({ 4 }, options) })
+  end)
+
+  it("adds the bias to every row", function()
+    local x, weight = qm.tensor({ { 1, 2 }, { 3, 4 } }), qm.tensor({ { 1, 0, 2 }, { 0, 1, -1 } })
+    assert.same({ { 11, 22, 30 }, { 13, 24, 32 } }, qm.linear(x, weight, qm.tensor({ 10, 20, 30 })):totable())
   end)
 
   it("lets f32 weights meet 16-bit activations, and sums their gradient in f32", function()
@@ -173,5 +180,7 @@ describe("qm.linear", function()
       "qm.linear: argument 'weight': expected f32 [K=3, N], got f32 [2, 3]", 1, true)
     assert.error_matches(function() qm.linear(qm.ones({ 2 }), qm.ones({ 2, 3 })) end,
       "qm.linear: argument 'x': expected float [M, K], got f32 [2]", 1, true)
+    assert.error_matches(function() qm.linear(qm.ones({ 2, 2 }), qm.ones({ 2, 3 }), qm.ones({ 1 })) end,
+      "qm.linear: argument 'bias': expected float [N=3], got qm.Tensor f32 [1]", 1, true)
   end)
 end)

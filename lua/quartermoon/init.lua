@@ -34,6 +34,7 @@ for _, name in ipairs({
   "linalg",
   "reduce",
   "shape",
+  "loss",
 }) do
   for key, value in pairs(require("quartermoon.ops." .. name)) do qm[key] = value end
 end

@@ -7,6 +7,7 @@ void QM_CPU(level)(qm_kernels *kernels) {
   kernels->rms_norm = QM_CPU(rms_norm);
   kernels->rms_norm_backward = QM_CPU(rms_norm_backward);
   kernels->rope = QM_CPU(rope);
+  kernels->cross_entropy = QM_CPU(cross_entropy);
   kernels->swiglu = QM_CPU(swiglu);
   kernels->swiglu_backward = QM_CPU(swiglu_backward);
 }

@@ -1,5 +1,6 @@
 ---Matrix products and decompositions.
 
+local ffi = require("ffi")
 local binding = require("quartermoon.ffi")
 local check = require("quartermoon.check")
 local autograd = require("quartermoon.autograd")
@@ -83,7 +84,7 @@ end
 local function bias_gradient(name, bias, dout)
   if not needs_grad(bias) then return nil end
   local dbias = bias:empty_like("f32")
-  binding.check(lib.qm_reduce(require("ffi").C.QM_SUM, dout.desc, dbias.desc, 0), name)
+  binding.check(lib.qm_reduce(ffi.C.QM_SUM, dout.desc, dbias.desc, 0), name)
   if not bias.node or bias.dtype == "f32" then return dbias end
   local cast = dbias:to(bias.dtype)
   dbias:free()
@@ -105,9 +106,12 @@ function M.linear(x, weight, bias)
   check.desc(name, "x", x)
   check.desc(name, "weight", weight)
   local bias_desc = check.optional_desc(name, "bias", bias)
+  if bias and (#bias.shape ~= 1 or bias.shape[1] ~= weight.shape[2]) then
+    check.fail(name, "bias", ("float [N=%s]"):format(weight.shape[2]), bias)
+  end
   local out = tensors.empty({ x.shape[1] or 0, weight.shape[2] or 0 }, { dtype = x.dtype, device = x.device })
   with_type_of(x, weight, function(w) gemm(name, x, w, out, false, false, 0, LINEAR_NAMES) end)
-  if bias then binding.check(lib.qm_binary(require("ffi").C.QM_ADD, out.desc, bias_desc, out.desc), name) end
+  if bias then binding.check(lib.qm_binary(ffi.C.QM_ADD, out.desc, bias_desc, out.desc), name) end
   return record("linear", { x, weight, bias or false }, { out }, {}, function(dout)
     local dx = needs_grad(x) and with_type_of(x, weight, function(w)
       return product_gradient(name, x, dout, w, false, true)

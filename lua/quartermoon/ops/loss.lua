@@ -1,0 +1,176 @@
+---Losses. Cross-entropy comes in two forms: on logits, and fused with the output layer, which never
+---holds more than a chunk of the logits.
+
+local ffi = require("ffi")
+local binding = require("quartermoon.ffi")
+local check = require("quartermoon.check")
+local autograd = require("quartermoon.autograd")
+local tensors = require("quartermoon.tensor")
+local lib = binding.lib
+local record, needs_grad = autograd.record, autograd.needs_grad
+
+local M = {}
+
+---How many targets count.
+local function count_targets(targets, ignore_index)
+  local buffer, rows = targets:host()
+  local count = 0
+  for i = 0, rows - 1 do
+    if buffer[i] ~= ignore_index then count = count + 1 end
+  end
+  return count
+end
+
+---x = factor x
+local function scale(name, x, factor)
+  binding.check(lib.qm_unary(ffi.C.QM_AFFINE, x.desc, x.desc, factor, 0), name)
+end
+
+---The sum of the rows' losses over the count, f32 {}.
+local function mean_loss(name, losses, count)
+  local mean = tensors.empty({}, { device = losses.device })
+  binding.check(lib.qm_reduce(ffi.C.QM_SUM, losses.desc, mean.desc, 0), name)
+  scale(name, mean, 1 / math.max(count, 1))
+  return mean
+end
+
+---The checks that C cannot make, and the options.
+local function begin(name, tensor_name, x, targets, options, defaults)
+  check.desc(name, tensor_name, x)
+  check.desc(name, "targets", targets)
+  options = check.options(name, options, defaults)
+  check.integer(name, "ignore_index", options.ignore_index, -2 ^ 31, 2 ^ 31 - 1)
+  -- Counted in Lua before the kernel sees them.
+  if targets.dtype ~= "i32" or #targets.shape ~= 1 or targets.shape[1] ~= x.shape[1] then
+    check.fail(name, "targets", ("i32 [R=%s]"):format(x.shape[1]), targets)
+  end
+  return options
+end
+
+---Mean cross-entropy of the targets that count: `-log softmax(logits[r])[targets[r]]`. With none of
+---those it is 0, and so is the gradient. Reads the targets back to count them.
+---
+---@param logits qm.Tensor   float [R, V]
+---@param targets qm.Tensor  i32 [R], classes from 0 to V - 1, or ignore_index
+---@param options table|nil  { ignore_index = -100 }
+---@return qm.Tensor         f32 {}
+---@raise when shapes do not fit or a target is no class
+function M.cross_entropy(logits, targets, options)
+  local name = "qm.cross_entropy"
+  options = begin(name, "logits", logits, targets, options, { ignore_index = -100 })
+  local count = count_targets(targets, options.ignore_index)
+  local losses = tensors.empty(targets.shape, { device = logits.device })
+  local function run(dlogits, factor)
+    binding.check(lib.qm_cross_entropy(logits.desc, targets.desc, losses.desc, dlogits and dlogits.desc, factor,
+      options.ignore_index), name)
+  end
+  run(nil, 0)
+  local mean = mean_loss(name, losses, count)
+  return record("cross_entropy", { logits }, { mean }, { losses }, function(dout)
+    local dlogits = logits:empty_like()
+    run(dlogits, dout:item() / math.max(count, 1))
+    return dlogits
+  end)
+end
+
+-- Logits in memory at once: 32 Mi elements, but no fewer rows than a matrix product needs to be fast.
+local CHUNK_ELEMENTS, CHUNK_ROWS_MIN = 2 ^ 25, 256
+
+---One pass over the rows, a chunk at a time: losses, and the gradients that are asked for.
+---@param job table  { x, weight, targets, losses, dx or nil, dweight or nil, factor, transposed, chunk_rows,
+---   ignore_index }; weight in x's type, dweight f32
+local function run_chunks(name, job)
+  local function gemm(a, b, out, trans_a, trans_b, beta)
+    binding.check(lib.qm_gemm(a.desc, b.desc, out.desc, trans_a and 1 or 0, trans_b and 1 or 0, 1, beta), name)
+  end
+  local x, weight, transposed, rows = job.x, job.weight, job.transposed, job.x.shape[1]
+  local classes = weight.shape[transposed and 1 or 2]
+  local buffer = tensors.empty({ math.min(rows, job.chunk_rows), classes }, { dtype = x.dtype, device = x.device })
+  for first = 1, rows, job.chunk_rows do
+    local length = math.min(job.chunk_rows, rows - first + 1)
+    local function part(tensor) return tensor:view_rows(name, first, length) end
+    local logits, x_part = buffer:view_rows(name, 1, length), part(x)
+    local targets, losses = part(job.targets), part(job.losses)
+    gemm(x_part, weight, logits, false, transposed, 0)
+    local gradient = (job.dx or job.dweight) and logits.desc or nil
+    binding.check(lib.qm_cross_entropy(logits.desc, targets.desc, losses.desc, gradient, job.factor,
+      job.ignore_index), name)
+    if job.dx then
+      local dx_part = part(job.dx)
+      gemm(logits, weight, dx_part, false, not transposed, 0)
+      dx_part:free()
+    end
+    if job.dweight then
+      local beta = first == 1 and 0 or 1
+      if transposed then
+        gemm(logits, x_part, job.dweight, true, false, beta)
+      else
+        gemm(x_part, logits, job.dweight, true, false, beta)
+      end
+    end
+    logits:free() x_part:free() targets:free() losses:free()
+  end
+  buffer:free()
+end
+
+---The output layer and its cross-entropy in one: `qm.cross_entropy(qm.linear(x, weight), targets)`
+---without ever holding all logits. Rows go through in chunks; while gradients are recorded, those of
+---x and of the weight are computed on the way, and backward() only scales them.
+---
+---Source: the chunked form of Hsu et al., Liger Kernel, arXiv 2410.10989, section 3.2.
+---
+---@param x qm.Tensor        float [R, C]
+---@param weight qm.Tensor   float [C, V], or [V, C] with transposed (an embedding shared with the output)
+---@param targets qm.Tensor  i32 [R], classes from 0 to V - 1, or ignore_index
+---@param options table|nil  { ignore_index = -100, transposed = false, chunk_rows = so many that a
+---   chunk has 32 Mi logits, at least 256 }
+---@return qm.Tensor         f32 {}: the mean over the targets that count, 0 when there is none
+---@raise when shapes do not fit or a target is no class
+function M.linear_cross_entropy(x, weight, targets, options)
+  local name = "qm.linear_cross_entropy"
+  check.desc(name, "weight", weight)
+  options = begin(name, "x", x, targets, options,
+    { ignore_index = -100, transposed = false, chunk_rows = check.optional })
+  local transposed = check.type(name, "transposed", options.transposed, "boolean")
+  if #x.shape ~= 2 then check.fail(name, "x", "float [R, C]", x) end
+  if #weight.shape ~= 2 or weight.shape[transposed and 2 or 1] ~= x.shape[2] then
+    check.fail(name, "weight", (transposed and "float [V, C=%d]" or "float [C=%d, V]"):format(x.shape[2]), weight)
+  end
+  local classes = weight.shape[transposed and 1 or 2]
+  local chunk_rows = options.chunk_rows
+    or math.max(CHUNK_ROWS_MIN, math.floor(CHUNK_ELEMENTS / math.max(classes, 1)))
+  check.integer(name, "chunk_rows", chunk_rows, 1)
+  local count = count_targets(targets, options.ignore_index)
+  local losses = tensors.empty(targets.shape, { device = x.device })
+  local cast = weight.dtype ~= x.dtype and weight:to(x.dtype)
+  local recording = autograd.enabled()
+  local dx = recording and needs_grad(x) and x:empty_like() or nil
+  local dweight = recording and needs_grad(weight) and weight:empty_like("f32") or nil
+  if dweight and x.shape[1] == 0 then dweight:fill(0) end
+  run_chunks(name, { x = x, weight = cast or weight, targets = targets, losses = losses, dx = dx, dweight = dweight,
+    factor = 1 / math.max(count, 1), transposed = transposed, chunk_rows = chunk_rows,
+    ignore_index = options.ignore_index })
+  if cast then cast:free() end
+  local mean = mean_loss(name, losses, count)
+  losses:free()
+  local saved = {}
+  if dx then saved[1] = dx end
+  if dweight then saved[#saved + 1] = dweight end
+  return record("linear_cross_entropy", { x, weight }, { mean }, saved, function(dout)
+    -- Handed on, no longer the tape's to release.
+    for i = #saved, 1, -1 do saved[i] = nil end
+    local factor = dout:item()
+    if factor ~= 1 then
+      if dx then scale(name, dx, factor) end
+      if dweight then scale(name, dweight, factor) end
+    end
+    if dweight and weight.node and weight.dtype ~= "f32" then
+      local narrow = dweight:to(weight.dtype)
+      dweight:free()
+      return dx, narrow
+    end
+    return dx, dweight
+  end)
+end
+
+return M
