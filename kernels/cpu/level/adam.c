@@ -5,13 +5,13 @@
 **            states move less but draw Philox words, ten rounds for four elements of each state.
 */
 #include "adam.h"
+#include "noise.h"
 #include "vector.h"
 
 /* Below this many elements a team of threads costs more than it brings. */
 enum { SERIAL_MAX = 1 << 15 };
 
-/* Store a block: bf16 rounds stochastically with the random bits of elements i .. i + n - 1; i is a
-** multiple of 4, so the block takes whole Philox blocks. */
+/* Store a block: bf16 rounds stochastically with the random bits of elements i .. i + n - 1. */
 static void store(const float *restrict x, const qm_array *out, int64_t i, int64_t n,
                   const qm_noise *base, uint32_t stream) {
   if (out->dtype == QM_F32) {
@@ -21,7 +21,7 @@ static void store(const float *restrict x, const qm_array *out, int64_t i, int64
   qm_noise noise = *base;
   noise.stream = stream;
   uint32_t bits[QM_BLOCK];
-  for (int64_t j = 0; j < QM_BLOCK / 4; j++) qm_philox(&noise, (uint64_t)(i / 4 + j), bits + 4 * j);
+  qm_noise_words(bits, &noise, (uint64_t)i, n);
   uint16_t *restrict half = (uint16_t *)out->data + i;
   for (int64_t j = 0; j < n; j++) half[j] = qm_to_bf16_stochastic(x[j], bits[j]);
 }
