@@ -1,0 +1,3 @@
+---Models: qm.models.llama.
+
+return { llama = require("quartermoon.models.llama") }

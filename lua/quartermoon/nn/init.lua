@@ -1,0 +1,13 @@
+---Layers. See nn/module.lua for what a module is.
+---
+---    local layer = qm.nn.QLinear.new(256, 512, { w_bit = 4, group_size = 64 })
+---    print(layer)                -- QLinear(256 -> 512, 4 bit, group 64): 131072 weights, 0.1 MiB
+---    local y = layer(x)
+
+local M = {}
+
+for _, part in ipairs({ "module", "layers", "transformer" }) do
+  for name, value in pairs(require("quartermoon.nn." .. part)) do M[name] = value end
+end
+
+return M

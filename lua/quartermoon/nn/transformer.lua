@@ -1,0 +1,174 @@
+---The parts of a decoder: Attention, SwiGLU, Block. Activations are flat: one row for each token of all
+---sequences, which the context tells apart.
+
+local check = require("quartermoon.check")
+local layers = require("quartermoon.nn.layers")
+local module = require("quartermoon.nn.module")
+local qm = require("quartermoon")
+
+local M = {}
+
+---What the layers need to know about their rows.
+---@class qm.nn.Context
+---@field cos qm.Tensor        rotation tables, see qm.rope_tables
+---@field sin qm.Tensor
+---@field positions qm.Tensor  i32 [R], each row's place in its sequence
+---@field cu_q qm.Tensor       i32 [S+1], where each sequence's rows begin
+---@field cu_k qm.Tensor       i32 [S+1], the same for keys; differs from cu_q only with a cache
+---@field window integer|nil   at most so many keys back
+
+---------------------------------------------------------------------------------------------------
+
+---Keys and values of one layer, kept while a text grows. Rows are written in place.
+---@class qm.nn.KeyValues
+---@field length integer  rows filled
+local KeyValues = {}
+KeyValues.__index = KeyValues
+
+---@param rows_max integer
+function M.key_values(rows_max, heads, head_size, dtype, device)
+  local shape, options = { rows_max, heads, head_size }, { dtype = dtype, device = device }
+  return setmetatable({ length = 0, k = qm.empty(shape, options):keep(), v = qm.empty(shape, options):keep() },
+    KeyValues)
+end
+
+---Add rows; the keys and values of all rows so far, as views for the caller to free.
+function KeyValues:append(k, v)
+  local first, rows = self.length + 1, k.shape[1]
+  for name, fresh in pairs({ k = k, v = v }) do
+    local place = self[name]:view_rows("key_values", first, rows)
+    place:copy(fresh)
+    place:free()
+  end
+  self.length = self.length + rows
+  return self.k:view_rows("key_values", 1, self.length), self.v:view_rows("key_values", 1, self.length)
+end
+
+function KeyValues:free()
+  self.k:free()
+  self.v:free()
+end
+
+---------------------------------------------------------------------------------------------------
+
+---Causal self-attention with rotary positions; several query heads may share one key head.
+---@class qm.nn.Attention : qm.Module
+local Attention = module.class("Attention")
+M.Attention = Attention
+
+---@param options table  { hidden_size, heads, kv_heads = heads, head_size = hidden_size / heads,
+---   linear = a qm.nn.linear_factory, bias = false (of q, k, v), qk_norm = false (RMSNorm of every
+---   query and key head, as in Qwen 3), eps = 1e-6 (of qk_norm), device, generator }
+function Attention.new(options)
+  local name = "qm.nn.Attention"
+  options = check.options(name, options, { hidden_size = check.required, heads = check.required,
+    kv_heads = check.optional, head_size = check.optional, linear = check.required, bias = false, qk_norm = false,
+    eps = 1e-6, device = check.optional, generator = check.optional })
+  local self = module.create(Attention)
+  local hidden = check.integer(name, "hidden_size", options.hidden_size, 1)
+  self.heads = check.integer(name, "heads", options.heads, 1)
+  self.kv_heads = check.integer(name, "kv_heads", options.kv_heads or self.heads, 1)
+  self.head_size = check.integer(name, "head_size", options.head_size or hidden / self.heads, 2)
+  if self.heads % self.kv_heads ~= 0 then
+    check.fail(name, "kv_heads", "a divisor of heads=" .. self.heads, self.kv_heads)
+  end
+  local more = { device = options.device, generator = options.generator }
+  local biased = { device = options.device, generator = options.generator, bias = options.bias }
+  self:register("q_proj", options.linear(hidden, self.heads * self.head_size, biased))
+  self:register("k_proj", options.linear(hidden, self.kv_heads * self.head_size, biased))
+  self:register("v_proj", options.linear(hidden, self.kv_heads * self.head_size, biased))
+  self:register("o_proj", options.linear(self.heads * self.head_size, hidden, more))
+  if options.qk_norm then
+    for _, norm in ipairs({ "q_norm", "k_norm" }) do
+      self:register(norm, layers.RMSNorm.new(self.head_size, { eps = options.eps, device = options.device }))
+    end
+  end
+  return self
+end
+
+---Rows of `heads` vectors, normalised where the layer has a norm for them.
+function Attention:split(x, heads, norm)
+  if norm then x = norm(x:reshape(x.shape[1] * heads, self.head_size)) end
+  return x:reshape(x:count() / (heads * self.head_size), heads, self.head_size)
+end
+
+---@param x qm.Tensor  float [R, hidden_size]
+---@param context qm.nn.Context
+---@param kept qm.nn.KeyValues|nil  earlier keys and values, for generation
+---@return qm.Tensor   [R, hidden_size]
+function Attention:forward(x, context, kept)
+  local q = self:split(self.q_proj(x), self.heads, self.q_norm)
+  local k = self:split(self.k_proj(x), self.kv_heads, self.k_norm)
+  local v = self:split(self.v_proj(x), self.kv_heads)
+  q = qm.rope(q, context.cos, context.sin, context.positions)
+  k = qm.rope(k, context.cos, context.sin, context.positions)
+  if kept then k, v = kept:append(k, v) end
+  local out = qm.attention(q, k, v, context.cu_q, context.cu_k, { window = context.window })
+  return self.o_proj(out:reshape(x.shape[1], self.heads * self.head_size))
+end
+
+function Attention:summary()
+  return ("%d heads of %d%s%s"):format(self.heads, self.head_size,
+    self.kv_heads ~= self.heads and ", " .. self.kv_heads .. " key heads" or "", self.q_norm and ", qk_norm" or "")
+end
+
+---------------------------------------------------------------------------------------------------
+
+---The gated feed-forward layer, `down(silu(gate(x)) * up(x))`. Source: arXiv 2002.05202.
+---@class qm.nn.SwiGLU : qm.Module
+local SwiGLU = module.class("SwiGLU")
+M.SwiGLU = SwiGLU
+
+---@param options table  { hidden_size, intermediate_size, linear = a qm.nn.linear_factory, bias = false,
+---   device, generator }
+function SwiGLU.new(options)
+  local name = "qm.nn.SwiGLU"
+  options = check.options(name, options, { hidden_size = check.required, intermediate_size = check.required,
+    linear = check.required, bias = false, device = check.optional, generator = check.optional })
+  local self = module.create(SwiGLU)
+  local hidden, inner = options.hidden_size, options.intermediate_size
+  local more = { bias = options.bias, device = options.device, generator = options.generator }
+  self:register("gate_proj", options.linear(hidden, inner, more))
+  self:register("up_proj", options.linear(hidden, inner, more))
+  self:register("down_proj", options.linear(inner, hidden, more))
+  return self
+end
+
+---@param x qm.Tensor  float [R, hidden_size]
+---@return qm.Tensor   the same
+function SwiGLU:forward(x) return self.down_proj(qm.swiglu(self.gate_proj(x), self.up_proj(x))) end
+
+---------------------------------------------------------------------------------------------------
+
+---One pre-norm decoder layer. Adding to the residual stream is left to the next normalisation, which
+---does both in one pass over memory.
+---@class qm.nn.Block : qm.Module
+local Block = module.class("Block")
+M.Block = Block
+
+---@param options table  { attention = Attention's options, mlp = SwiGLU's options, hidden_size, eps = 1e-6,
+---   device }
+function Block.new(options)
+  options = check.options("qm.nn.Block", options, { attention = check.required, mlp = check.required,
+    hidden_size = check.required, eps = 1e-6, device = check.optional })
+  local self = module.create(Block)
+  local norm = { eps = options.eps, device = options.device }
+  self:register("self_attn", Attention.new(options.attention))
+  self:register("mlp", SwiGLU.new(options.mlp))
+  self:register("input_layernorm", layers.RMSNorm.new(options.hidden_size, norm))
+  self:register("post_attention_layernorm", layers.RMSNorm.new(options.hidden_size, norm))
+  return self
+end
+
+---@param x qm.Tensor  float [R, hidden_size]: what the layer before adds to the stream
+---@param residual qm.Tensor|nil  the stream before that; nil: x is the stream
+---@param context qm.nn.Context
+---@param kept qm.nn.KeyValues|nil
+---@return qm.Tensor x, qm.Tensor residual  for the next layer, or the last norm
+function Block:forward(x, residual, context, kept)
+  local normed, stream = self.input_layernorm(x, residual)
+  normed, stream = self.post_attention_layernorm(self.self_attn(normed, context, kept), stream)
+  return self.mlp(normed), stream
+end
+
+return M

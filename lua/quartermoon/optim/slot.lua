@@ -1,0 +1,190 @@
+---One parameter's share of an optimizer: its moments, its projector, how its codes move, and its step.
+
+local check = require("quartermoon.check")
+local module = require("quartermoon.nn.module")
+local qm = require("quartermoon")
+
+---@class qm.optim.Slot
+---@field param qm.Tensor|qm.QParam
+---@field name string
+---@field id integer           whose random bits its rounding draws
+---@field options table        of its group
+---@field steps integer        steps taken
+local Slot = {}
+Slot.__index = Slot
+
+---The rounding error's way back, by width, as measured on text: stochastic rounding alone is enough at
+---8 bits; the momentum holds it at 4; below, and under a projector (whose momentum is elsewhere), it
+---needs memory of its own.
+local function feedback_of(param, options)
+  if options.mode == "bie" then return "none" end
+  if options.feedback ~= "auto" then return options.feedback end
+  if param.residual or options.projector or param.w_bit <= 3 then return "residual" end
+  return param.w_bit <= 4 and "momentum" or "none"
+end
+
+function Slot.new(param, name, id, options)
+  local self = setmetatable({ param = param, name = name, id = id, options = options, steps = 0,
+    quantized = module.is_quantized(param) }, Slot)
+  -- Norms and biases are not decayed: pulling a gain towards 0 is no regularisation.
+  self.weight_decay = (self.quantized or #param.shape > 1) and options.weight_decay or 0
+  if self.quantized then
+    self.feedback = feedback_of(param, options)
+    self.rounding = options.mode == "bie" and "nearest" or options.rounding
+    self.totals, self.moved_before = { elements = 0, moved = 0, clipped = 0, non_finite = 0 }, 0
+  end
+  if options.projector then self.projector = options.projector(param) end
+  return self
+end
+
+---What backward() left for this parameter, or nil.
+function Slot:gradient()
+  if self.quantized then return self.param.privileged_grad end
+  return self.param.grad
+end
+
+---Allocate the moments at the gradient's size, projected or not.
+local function ensure_moments(self, like)
+  if self.exp_avg then return end
+  local dtype = self.options.moments
+  self.exp_avg, self.exp_avg_sq = like:zeros_like(dtype):keep(), like:zeros_like(dtype):keep()
+end
+
+---The tensors that only the quantized step needs.
+local function ensure_quantized(self)
+  local q = self.param
+  if self.feedback == "residual" and not q.residual then q:add_residual(self.options.residual_bits) end
+  if not self.health then self.health = qm.zeros({ 4 }, { dtype = "i64", device = q.data.device }):keep() end
+end
+
+---The numbers of this step, as qm.adamw takes them.
+local function adam_options(self, rates, grad_scale)
+  local options = self.options
+  return { step = self.steps, lr = rates.lr, lr_next = rates.lr_next, beta1 = options.betas[1],
+    beta2 = options.betas[2], eps = options.eps, weight_decay = self.weight_decay,
+    grad_scale = grad_scale, correct_bias = options.correct_bias, seed = options.seed, parameter = self.id }
+end
+
+---Adam's direction of the projected gradient, projected back to the weight's shape.
+local function projected_direction(self, grad, adam)
+  local low = self.projector:project(grad, self.steps - 1)
+  ensure_moments(self, low)
+  local direction = qm.adam_direction(low, self.exp_avg, self.exp_avg_sq, adam)
+  if low ~= grad then low:free() end
+  local full = self.projector:project_back(direction)
+  if full ~= direction then direction:free() end
+  return full
+end
+
+local function step_dense(self, grad, adam)
+  if not self.projector then
+    ensure_moments(self, grad)
+    qm.adamw(self.param, grad, self.exp_avg, self.exp_avg_sq, adam)
+    return
+  end
+  local direction = projected_direction(self, grad, adam)
+  local correction = adam.correct_bias and math.sqrt(1 - adam.beta2 ^ adam.step) / (1 - adam.beta1 ^ adam.step) or 1
+  if adam.weight_decay ~= 0 then self.param:mul_(1 - adam.lr * adam.weight_decay) end
+  self.param:add_(direction, -adam.lr * correction)
+  direction:free()
+end
+
+local function step_quantized(self, grad, adam)
+  ensure_quantized(self)
+  local options = adam
+  options.mode, options.rounding, options.feedback = self.options.mode, self.rounding, self.feedback
+  options.health = self.health
+  if self.projector then
+    options.direction = projected_direction(self, grad, adam)
+  else
+    ensure_moments(self, grad)
+    options.exp_avg_l, options.exp_avg_s, options.grad = self.exp_avg, self.exp_avg_sq, grad
+  end
+  qm.QParam.update(self.param, options)
+  if options.direction then options.direction:free() end
+  if self.options.grid == "refit" and self.steps % self.options.refit_every == 0 then
+    self.param:refit({ method = self.options.refit_method, seed = self.options.seed, parameter = self.id,
+      step = self.steps })
+  end
+end
+
+---Take one step with the gradient that is there.
+---@param rates { lr: number, lr_next: number }
+---@param grad_scale number
+function Slot:step(rates, grad_scale)
+  local grad = self:gradient()
+  self.steps = self.steps + 1
+  local adam = adam_options(self, rates, grad_scale)
+  if self.quantized then step_quantized(self, grad, adam) else step_dense(self, grad, adam) end
+end
+
+---Read how the codes moved since the last reading, and add it to the totals. Waits for the device.
+function Slot:read_health()
+  if not self.health then return self.totals end
+  local counts, totals = self.health:host(), self.totals
+  totals.elements = totals.elements + tonumber(counts[0])
+  totals.moved = totals.moved + tonumber(counts[1])
+  totals.clipped = totals.clipped + tonumber(counts[2])
+  totals.non_finite = totals.non_finite + tonumber(counts[3])
+  self.health:fill(0)
+  return totals
+end
+
+---Did any code move since this was last asked?
+function Slot:moved()
+  local moved = self:read_health().moved
+  local yes = moved > self.moved_before
+  self.moved_before = moved
+  return yes
+end
+
+---Bytes of the state, the residual of a quantized parameter included.
+function Slot:state_bytes()
+  local size_bytes = 0
+  for _, tensor in pairs(self:tensors()) do size_bytes = size_bytes + tensor:size_bytes() end
+  if self.quantized and self.param.residual then size_bytes = size_bytes + self.param.residual:size_bytes() end
+  return size_bytes
+end
+
+---The tensors that a checkpoint must hold, by name; the residual belongs to the parameter.
+---@return table<string, qm.Tensor>
+function Slot:tensors()
+  local tensors = { exp_avg = self.exp_avg, exp_avg_sq = self.exp_avg_sq }
+  local state = self.projector and self.projector.state and self.projector:state()
+  for key, tensor in pairs(state and state.tensors or {}) do tensors["projector." .. key] = tensor end
+  return tensors
+end
+
+---The numbers that a checkpoint must hold.
+function Slot:numbers()
+  local state = self.projector and self.projector.state and self.projector:state()
+  return { name = self.name, steps = self.steps, projector = state and state.numbers }
+end
+
+---Continue from what `numbers` and `tensors` gave.
+---@param numbers table
+---@param tensors table<string, qm.Tensor>  copied
+function Slot:load(numbers, tensors)
+  self.steps = check.integer("optim:load_state", self.name .. ".steps", numbers.steps, 0)
+  for _, key in ipairs({ "exp_avg", "exp_avg_sq" }) do
+    if self[key] then self[key]:free() end
+    self[key] = tensors[key] and tensors[key]:clone():keep()
+  end
+  if self.projector and self.projector.load_state then
+    local projected = {}
+    for key, tensor in pairs(tensors) do projected[key:match("^projector%.(.*)") or ""] = tensor end
+    projected[""] = nil
+    self.projector:load_state({ numbers = numbers.projector, tensors = projected })
+  end
+end
+
+---Release the state.
+function Slot:free()
+  for _, key in ipairs({ "exp_avg", "exp_avg_sq", "health" }) do
+    if self[key] then self[key]:free() end
+    self[key] = nil
+  end
+  if self.projector and self.projector.free then self.projector:free() end
+end
+
+return Slot
