@@ -23,6 +23,13 @@ local function machine()
   return name
 end
 
+local function abi_version()
+  local header = io.open("engine/quartermoon.h")
+  local version = header:read("*a"):match("QM_ABI_VERSION = (%d+)")
+  header:close()
+  return version
+end
+
 -- Instruction-set levels of the CPU kernels: name, compiler options.
 local levels = { { "base", {} } }
 if machine() == "x86_64" then
@@ -82,4 +89,4 @@ project "quartermoon"
   links(parts)
   links { "dnnl", "lapacke", "jansson", "dl", "m" }
   -- nodelete: Lua may drop the library before the last finalizer that calls it has run.
-  linkoptions { "-Wl,--no-undefined", "-Wl,-z,nodelete", "-Wl,-soname,libquartermoon.so.1" }
+  linkoptions { "-Wl,--no-undefined", "-Wl,-z,nodelete", "-Wl,-soname,libquartermoon.so." .. abi_version() }

@@ -44,7 +44,8 @@ function M.complete(text, globals)
   globals = globals or _G
   local before, chain = text:match("^(.-)([%a_][%w_.:]*)$")
   if not chain then before, chain = text, "" end
-  local path, separator, start = chain:match("^(.*)([.:])([%w_]*)$")
+  local path, separator, start = chain:match("^(.*[%w_])([.:])([%w_]*)$")
+  if not path and chain:find("[.:]") then return {} end
   local names
   if path then
     local value = value_of(path, globals)

@@ -9,7 +9,7 @@ local M = {}
 ---Commands that take longer than this many seconds say how long they took.
 M.slow_s = 0.5
 ---Where the lines of earlier sessions are kept.
-M.history_path = (os.getenv("XDG_STATE_HOME") or (os.getenv("HOME") or "/tmp")) .. "/.quartermoon_history"
+M.history_path = (os.getenv("HOME") or "/tmp") .. "/.quartermoon_history"
 
 local HELP = [[
   an expression    shows its value (kept in _)        ?name        what the manual says of it
@@ -60,7 +60,8 @@ local function line_editor(readline)
       end
     end)
     if not ok then
-      readline.handler_remove()
+      -- Not handler_remove(): outside of on_line the module writes to a stream it has closed. The
+      -- next handler_install begins a fresh line all the same.
       io.write("\n")
       error(message, 0)
     end
