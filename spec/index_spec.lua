@@ -1,0 +1,82 @@
+local qm = require("quartermoon")
+local testing = require("spec.support.testing")
+
+local reference = { device = "reference" }
+local function indices(list, options)
+  return qm.tensor(list, { dtype = "i32", device = options and options.device })
+end
+
+describe("qm.gather", function()
+  it("picks rows of any type", function()
+    local x = qm.tensor({ { 1, 2 }, { 3, 4 }, { 5, 6 } }, { dtype = "i64" })
+    assert.same({ { 5, 6 }, { 1, 2 }, { 5, 6 } }, qm.gather(x, indices({ 2, 0, 2 })):totable())
+    assert.same({ 30, 10 }, qm.tensor({ 10, 20, 30 }):gather(indices({ 2, 0 })):totable())
+    assert.same({ 0, 2 }, qm.gather(x, indices({})).shape)
+  end)
+
+  it("adds the gradients of one row's uses", function()
+    local x = qm.ones({ 3 }, { requires_grad = true })
+    qm.gather(x, indices({ 2, 0, 2 })):backward(qm.tensor({ 1, 10, 100 }))
+    assert.same({ 10, 0, 101 }, x.grad:totable())
+  end)
+
+  it("refuses a number outside, before it writes anything", function()
+    for _, bad in ipairs({ -1, 3, 2147483647 }) do
+      assert.error_matches(function() qm.gather(qm.ones({ 3, 2 }), indices({ 0, bad })) end,
+        ("qm.gather: argument 'index': expected numbers from 0 to 2, got %d at 1"):format(bad), 1, true)
+    end
+    assert.error_matches(function() qm.gather(qm.ones({ 3, 2 }), qm.ones({ 2 })) end,
+      "argument 'index': expected i32 [R], got f32 [2]", 1, true)
+  end)
+end)
+
+describe("qm.embedding", function()
+  it("gives rows in the activations' type", function()
+    local weight = qm.tensor({ { 1, 2 }, { 3.14159, -4 } })
+    local out = qm.embedding(weight, indices({ 1, 0 }), { dtype = "bf16" })
+    assert.equal("bf16", out.dtype)
+    assert.same({ { 3.140625, -4 }, { 1, 2 } }, out:totable())
+  end)
+
+  it("equals the reference, forward and backward, in every pair of types", function()
+    for _, types in ipairs({ { "f32", "f32" }, { "f32", "bf16" }, { "bf16", "bf16" }, { "f16", "f32" },
+      { "f32", "f16" } }) do
+      for _, size in ipairs({ { 5, 3, 7 }, { 33, 515, 70 }, { 100, 64, 513 } }) do
+        local weight = qm.randn({ size[1], size[2] }, reference):to(types[1])
+        local index = qm.rand({ size[3] }, reference, 0, size[1]):to("i32")
+        local dout = qm.randn({ size[3], size[2] }, reference):to(types[2])
+        local expected, actual = testing.both({ weight, index, dout }, function(w, i, d)
+          w:requires_gradient()
+          local out = qm.embedding(w, i, { dtype = types[2] })
+          local copy = out:clone()
+          out:backward(d)
+          return copy, w.grad
+        end)
+        testing.assert_equal(expected[1], actual[1])
+        testing.assert_equal(expected[2], actual[2])
+      end
+    end
+  end)
+
+  it("has the gradient that central differences show, for leaves and what was computed", function()
+    local index = indices({ 2, 0, 2, 1 }, reference)
+    local weight = qm.randn({ 4, 3 }, { device = "reference", requires_grad = true })
+    testing.check_gradients(function(w) return qm.embedding(w, index) end, { weight })
+    testing.check_gradients(function(w) return qm.embedding(w * 2, index) end, { weight })
+  end)
+
+  it("adds to a gradient that is there", function()
+    local weight = qm.zeros({ 2, 1 }, { requires_grad = true })
+    for _ = 1, 2 do qm.embedding(weight, indices({ 1 })):sum():backward() end
+    assert.same({ { 0 }, { 2 } }, weight.grad:totable())
+  end)
+
+  it("says what is wrong", function()
+    assert.error_matches(function() qm.embedding(qm.ones({ 4 }), indices({ 1 })) end,
+      "qm.embedding: argument 'weight': expected float [V, C], got qm.Tensor f32 [4]", 1, true)
+    assert.error_matches(function() qm.embedding(qm.ones({ 4, 2 }), indices({ 1 }), { type = "bf16" }) end,
+      "qm.embedding: unknown option 'type', did you mean 'dtype'?", 1, true)
+    assert.error_matches(function() qm.embedding(qm.ones({ 4, 2 }), indices({ 4 })) end,
+      "argument 'index': expected numbers from 0 to 3, got 4 at 0", 1, true)
+  end)
+end)
