@@ -5,6 +5,7 @@ void QM_CPU(level)(qm_kernels *kernels) {
   kernels->adamw = QM_CPU(adamw);
   kernels->adam_direction = QM_CPU(adam_direction);
   kernels->attention = QM_CPU(attention);
+  kernels->attention_backward = QM_CPU(attention_backward);
   kernels->rms_norm = QM_CPU(rms_norm);
   kernels->rms_norm_backward = QM_CPU(rms_norm_backward);
   kernels->rope = QM_CPU(rope);

@@ -31,7 +31,7 @@ static double row_squares(const qm_rms_norm_args *args, int64_t row) {
     }
     float squares = 0.0f;
 #pragma omp simd reduction(+ : squares)
-    for (int64_t j = 0; j < n; j++) squares = QM_FMA(xs[j], xs[j], squares);
+    for (int64_t j = 0; j < n; j++) squares += xs[j] * xs[j];
     total += (double)squares;
   }
   return total;
@@ -69,7 +69,7 @@ static float row_mean(const qm_rms_norm_backward_args *args, int64_t row, float 
     const float *weight = block(weight_block, &args->weight, c, n);
     float dot = 0.0f;
 #pragma omp simd reduction(+ : dot)
-    for (int64_t j = 0; j < n; j++) dot = QM_FMA(dout[j] * weight[j], x[j], dot);
+    for (int64_t j = 0; j < n; j++) dot += dout[j] * weight[j] * x[j];
     total += (double)dot;
   }
   return (float)(total * (double)rstd / (double)args->columns);
