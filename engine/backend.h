@@ -158,7 +158,7 @@ typedef struct qm_mpq_unpack_args {
 typedef struct qm_mpq_dequantize_args {
   qm_mpq_view q;
   qm_array w;
-  int32_t with_residual;
+  int32_t form;
 } qm_mpq_dequantize_args;
 typedef struct qm_mpq_pack_args {
   qm_mpq_view q;

@@ -118,6 +118,15 @@ int64_t qm__count(const qm_tensor *x);
 int32_t qm__finish(qm__call *call);
 int32_t qm__unsupported(const qm__call *call, const char *kernel);
 
+/* ---- checks that several calls share ---- */
+
+/* optim.c: a step's numbers, checked; noise.step becomes the step. */
+qm_adam qm__adam(qm__call *call, const qm_adam *adam);
+/* mpq.c: every field of q, described in *view; binds K, N and G. codes_use says what the call does
+** with data and residual, grid_use what it does with scales and zeros. */
+void qm__mpq(qm__call *call, const qm_mpq *q, qm__use codes_use, qm__use grid_use,
+             qm_mpq_view *view);
+
 /* ---- profile.c ---- */
 
 /* Now, in seconds, while a profile runs; else 0. */

@@ -1,8 +1,7 @@
 /* optim.c - optimizer steps on dense parameters: operands checked, then dispatched. */
 #include "internal.h"
 
-/* The numbers of a step, checked; noise.step becomes the step. */
-static qm_adam check_adam(qm__call *call, const qm_adam *adam) {
+qm_adam qm__adam(qm__call *call, const qm_adam *adam) {
   qm_adam checked = {0};
   qm__require(call, adam != NULL, "argument 'adam': expected the step's numbers, got nothing");
   if (adam == NULL) return checked;
@@ -28,7 +27,7 @@ int32_t qm_adamw(const qm_tensor *param, const qm_tensor *grad, const qm_tensor 
   qm__same_shape(&call, "grad", &args.param, &args.grad);
   qm__same_shape(&call, "exp_avg", &args.param, &args.exp_avg);
   qm__same_shape(&call, "exp_avg_sq", &args.param, &args.exp_avg_sq);
-  args.adam = check_adam(&call, adam);
+  args.adam = qm__adam(&call, adam);
   return QM__DISPATCH(call, adamw, &args);
 }
 
@@ -44,6 +43,6 @@ int32_t qm_adam_direction(const qm_tensor *grad, const qm_tensor *exp_avg,
   qm__same_shape(&call, "exp_avg", &args.grad, &args.exp_avg);
   qm__same_shape(&call, "exp_avg_sq", &args.grad, &args.exp_avg_sq);
   qm__same_shape(&call, "update", &args.grad, &args.update);
-  args.adam = check_adam(&call, adam);
+  args.adam = qm__adam(&call, adam);
   return QM__DISPATCH(call, adam_direction, &args);
 }

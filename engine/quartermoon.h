@@ -297,8 +297,10 @@ typedef struct qm_mpq {
 int32_t qm_mpq_validate(const qm_mpq *q);
 /* codes u8 [K, N], in packed order of rows. */
 int32_t qm_mpq_unpack(const qm_mpq *q, const qm_tensor *codes);
-/* w float [K, N], in feature order. with_residual != 0 adds r. */
-int32_t qm_mpq_dequantize(const qm_mpq *q, const qm_tensor *w, int32_t with_residual);
+/* w float [K, N], in feature order; computed in f32, rounded once. QM_DECODE_RESIDUAL adds r;
+** QM_DECODE_BIE rounds as the original does: each operation to the scales' type, sym twice. */
+enum { QM_DECODE_CODES = 0, QM_DECODE_RESIDUAL = 1, QM_DECODE_BIE = 2 };
+int32_t qm_mpq_dequantize(const qm_mpq *q, const qm_tensor *w, int32_t form);
 /* Put w (float [K, N], feature order) on q's grid, writing data (and residual, which keeps what the
 ** codes lose). noise NULL: nearest, halves to even; else up with probability equal to the fraction.
 ** Values clamp first, so NaN packs as 0. */

@@ -35,6 +35,9 @@ for _, name in ipairs({
   "reduce",
   "shape",
   "loss",
+  "layers", "qlinear",
+  "linalg",
+  "qlinear",
 }) do
   for key, value in pairs(require("quartermoon.ops." .. name)) do qm[key] = value end
 end

@@ -1,0 +1,190 @@
+/* mpq.h - how a quantized parameter is laid out and what one update step's numbers are: the index
+** arithmetic and the constants that every backend must share, once.
+**
+** Codes of w_bit bits lie along K: row p is in word row p / (32 / w_bit), one column per output.
+** Row p holds feature q_perm[p]; its group is g_idx[feature], or p / group_size.
+** Source: the MPQ and MBWQ layouts of bitorch-engine; GPTQ's "minus one" zero points.
+*/
+#ifndef QM_MPQ_H
+#define QM_MPQ_H
+
+#include <float.h>
+#include <math.h>
+
+#include "backend.h"
+#include "dtype.h"
+#include "philox.h"
+
+/* ---- where things are ---- */
+
+QM_INLINE int64_t qm_mpq_feature(const qm_mpq_view *q, int64_t p) {
+  return q->q_perm.data == NULL ? p : ((const int32_t *)q->q_perm.data)[p];
+}
+QM_INLINE int64_t qm_mpq_group(const qm_mpq_view *q, int64_t p) {
+  return q->g_idx.data == NULL ? p / q->group_size
+                               : ((const int32_t *)q->g_idx.data)[qm_mpq_feature(q, p)];
+}
+QM_INLINE uint32_t qm_mpq_mask(int32_t bits) { return (1u << bits) - 1u; }
+
+/* Field p of column n, `bits` wide, in words [K * bits / 32, N]. */
+QM_INLINE uint32_t qm_mpq_field(const void *words, int32_t bits, int64_t n_count, int64_t p,
+                                int64_t n) {
+  const int64_t per_word = 32 / bits;
+  return ((const uint32_t *)words)[p / per_word * n_count + n] >> (bits * (p % per_word)) &
+         qm_mpq_mask(bits);
+}
+QM_INLINE void qm_mpq_set_field(void *words, int32_t bits, int64_t n_count, int64_t p, int64_t n,
+                                uint32_t field) {
+  const int64_t per_word = 32 / bits;
+  uint32_t *word = (uint32_t *)words + p / per_word * n_count + n;
+  const int64_t shift = bits * (p % per_word);
+  *word = (*word & ~(qm_mpq_mask(bits) << shift)) | field << shift;
+}
+
+/* asym: the zero point of group g, column n, 1 .. 2^w_bit; packed along columns, minus one. */
+QM_INLINE uint32_t qm_mpq_zero_point(const qm_mpq_view *q, int64_t g, int64_t n) {
+  const int64_t per_word = 32 / q->w_bit;
+  const uint32_t word = ((const uint32_t *)q->zeros.data)[g * (q->n / per_word) + n / per_word];
+  return (word >> (q->w_bit * (n % per_word)) & qm_mpq_mask(q->w_bit)) + 1u;
+}
+QM_INLINE void qm_mpq_set_zero_point(const qm_mpq_view *q, int64_t g, int64_t n, int64_t zero) {
+  const int64_t per_word = 32 / q->w_bit, shift = q->w_bit * (n % per_word);
+  uint32_t *word = (uint32_t *)q->zeros.data + g * (q->n / per_word) + n / per_word;
+  const uint32_t field = (uint32_t)(zero - 1) & qm_mpq_mask(q->w_bit);
+  *word = (*word & ~(qm_mpq_mask(q->w_bit) << shift)) | field << shift;
+}
+
+static inline float qm_mpq_scale(const qm_mpq_view *q, int64_t g, int64_t n) {
+  return qm_load(q->scales.data, q->scales.dtype, g * q->n + n);
+}
+/* asym: the zero point; sym: the product zero. */
+static inline float qm_mpq_zero(const qm_mpq_view *q, int64_t g, int64_t n) {
+  return q->asym ? (float)qm_mpq_zero_point(q, g, n)
+                 : qm_load(q->zeros.data, q->zeros.dtype, g * q->n + n);
+}
+
+/* ---- codes and weights ---- */
+
+/* asym: scale (code - zero); sym: code scale - zero, rounded once. `code` may carry a residual. */
+static inline float qm_mpq_decode(int32_t asym, float code, float scale, float zero) {
+  return asym ? scale * (code - zero) : fmaf(code, scale, -zero);
+}
+/* Where on the grid a weight lies, in codes. */
+static inline float qm_mpq_encode(int32_t asym, float w, float scale, float zero) {
+  return asym ? w / scale + zero : (w + zero) / scale;
+}
+
+/* The integers q 2^rb + r that a code and its residual of rb bits span; rb = 0: the codes. */
+typedef struct qm_mpq_span {
+  int32_t bits;    /* rb */
+  int32_t half;    /* 2^(rb-1), or 0 */
+  float unit;      /* 2^rb: steps to one code */
+  float low, high; /* the range, inclusive */
+} qm_mpq_span;
+
+QM_INLINE qm_mpq_span qm_mpq_span_of(const qm_mpq_view *q) {
+  qm_mpq_span span;
+  const int32_t bits = q->residual.data == NULL ? 0 : q->residual_bits, top = (1 << q->w_bit) - 1;
+  span.bits = bits;
+  span.half = bits == 0 ? 0 : 1 << (bits - 1);
+  span.unit = (float)(1 << bits);
+  span.low = (float)-span.half;
+  span.high = (float)((top << bits) + (bits == 0 ? 0 : span.half - 1));
+  return span;
+}
+
+/* ---- fitting a grid ---- */
+
+typedef struct qm_mpq_grid {
+  float scale, zero; /* as stored: scale and sym's zero are numbers of the grid's type */
+} qm_mpq_grid;
+
+/* The grid whose ends are lo and hi. No scale is 0 or infinite, whatever comes. */
+static inline qm_mpq_grid qm_mpq_grid_of(float lo, float hi, int32_t w_bit, int32_t asym,
+                                         int32_t dtype) {
+  const float top = (float)qm_mpq_mask(w_bit), constant = fabsf(hi) > 0.0f ? fabsf(hi) : 1e-5f;
+  const float largest = dtype == QM_F16 ? 65504.0f : 0x1.FEp127f; /* f32 and bf16 hold it */
+  qm_mpq_grid grid;
+  const float span = hi - lo > 0.0f ? hi - lo : constant;
+  grid.scale = qm_round_to(dtype, span / top);
+  /* The format has no zero point 0: a group without negative weights gives up the code below 0. */
+  if (asym && w_bit > 1 && rintf(-lo / grid.scale) < 1.0f)
+    grid.scale = qm_round_to(dtype, (hi > 0.0f ? hi : constant) / (top - 1.0f));
+  if (!(grid.scale > 0x1p-24f)) grid.scale = 0x1p-24f;
+  if (!(grid.scale < largest)) grid.scale = largest;
+  grid.zero = qm_round_to(dtype, -lo);
+  if (asym) {
+    const float zero = rintf(-lo / grid.scale);
+    grid.zero = zero < 1.0f ? 1.0f : zero > top + 1.0f ? top + 1.0f : zero;
+  }
+  return grid;
+}
+/* The same with the span between lo and hi multiplied by `factor`: around 0 for asym, whose grid
+** holds 0, around the middle for sym. */
+static inline qm_mpq_grid qm_mpq_grid_scaled(float lo, float hi, float factor, int32_t w_bit,
+                                             int32_t asym, int32_t dtype) {
+  if (asym) return qm_mpq_grid_of(lo * factor, hi * factor, w_bit, asym, dtype);
+  const float middle = 0.5f * lo + 0.5f * hi, half = (0.5f * hi - 0.5f * lo) * factor;
+  return qm_mpq_grid_of(middle - half, middle + half, w_bit, asym, dtype);
+}
+/* What w loses on the grid, to compare grids with. */
+static inline float qm_mpq_grid_error(float w, qm_mpq_grid grid, float top, int32_t asym) {
+  const float y = rintf(qm_mpq_encode(asym, w, grid.scale, grid.zero));
+  const float code = y > 0.0f ? (y < top ? y : top) : 0.0f;
+  return w - (asym ? grid.scale * (code - grid.zero) : code * grid.scale - grid.zero);
+}
+/* QM_FIT_MSE tries the spans 1, 0.98, ... 0.2 times minmax's. */
+enum { QM_MPQ_FIT_TRIES = 41 };
+static inline float qm_mpq_fit_factor(double range, int32_t attempt) {
+  return (float)(range * (1.0 - 0.02 * attempt));
+}
+
+/* ---- one update step ---- */
+
+/* The numbers of one call, worked out in double and rounded once. */
+typedef struct qm_mpq_step {
+  float beta1, one_minus_beta1, beta2, one_minus_beta2, eps, grad_scale;
+  float rate;   /* a: the learning rate with Adam's bias correction */
+  float decay;  /* lr * weight_decay */
+  float inject; /* momentum feedback: the moment's share of D * e, or 0 */
+} qm_mpq_step;
+
+static inline qm_mpq_step qm_mpq_step_of(const qm_adam *adam, int32_t feedback) {
+  const double step = (double)adam->step;
+  const double correction1 = adam->correct_bias ? 1.0 - pow(adam->beta1, step) : 1.0;
+  const double correction2 = adam->correct_bias ? sqrt(1.0 - pow(adam->beta2, step)) : 1.0;
+  const double next1 = adam->correct_bias ? 1.0 - pow(adam->beta1, step + 1.0) : 1.0;
+  double inject = 0.0;
+  if (feedback == QM_FEEDBACK_MOMENTUM && adam->lr_next > 0.0)
+    inject = (1.0 - adam->beta1) / adam->beta1 * next1 / adam->lr_next / correction2;
+  return (qm_mpq_step){
+      .beta1 = (float)adam->beta1,
+      .one_minus_beta1 = (float)(1.0 - adam->beta1),
+      .beta2 = (float)adam->beta2,
+      .one_minus_beta2 = (float)(1.0 - adam->beta2),
+      .eps = (float)adam->eps,
+      .grad_scale = (float)adam->grad_scale,
+      .rate = (float)(adam->lr * correction2 / correction1),
+      .decay = (float)(adam->lr * adam->weight_decay),
+      .inject = (float)inject,
+  };
+}
+
+/* Group g, column n in code units: rate / scale, and the zero point (sym: zero / scale). A scale of
+** 0 decodes every code alike; its codes rest. */
+static inline float qm_mpq_step_rate(float rate, float scale) {
+  return scale == 0.0f ? 0.0f : rate / scale;
+}
+static inline float qm_mpq_step_zero(int32_t asym, float scale, float zero) {
+  return asym ? zero : scale == 0.0f ? 0.0f : zero / scale;
+}
+/* Moves beyond this many steps leave every grid; the bound keeps all sums exact integers in f32. */
+#define QM_MPQ_MOVE_MAX 1048576.0f
+
+QM_INLINE qm_noise qm_mpq_noise(const qm_noise *noise, uint32_t stream) {
+  qm_noise with_stream = *noise;
+  with_stream.stream = stream;
+  return with_stream;
+}
+
+#endif

@@ -1,0 +1,111 @@
+/* mpq_update.c - one Adam step of a quantized parameter on its fixed grid.
+**
+** In code units: y = q + r / 2^rb is where the weight stands, d the step, q' the new code.
+**   m = beta1 m + (1 - beta1) g;  v = beta2 v + (1 - beta2) g g;  D = sqrt(v) + eps
+**   d = -(a m / (D scale) + lr weight_decay (q - zero)): decoupled decay is inside, before rounding
+**   nearest:    q' = round(q + d), halves to even
+**   stochastic: q' = q + floor(d) + (random < d - floor(d)), never floor(d + random)
+**   residual:   the same on q 2^rb + r and 2^rb d; q' is the nearest code, r' the rest
+**   momentum:   e = scale (q + d - q') after clamping;
+**               m -= (1 - beta1) / beta1 (1 - beta1^(t+1)) / lr_(t+1) D / sqrt(1 - beta2^t) e
+** Source: Adam with decoupled decay, arXiv 1711.05101; momentum feedback (ECO), arXiv 2601.22101.
+** Random bits: element p * N + n (packed row p) of streams CODES, EXP_AVG and EXP_AVG_SQ.
+** No operation here is fused, so that every device gives the same integers and moments.
+*/
+#include "mpq.h"
+#include "reference.h"
+
+typedef struct moments {
+  float m, v, denominator;
+} moments;
+
+static moments advance(const qm_mpq_step *step, float m, float v, float g) {
+  moments next;
+  next.m = step->beta1 * m + step->one_minus_beta1 * g;
+  next.v = step->beta2 * v + step->one_minus_beta2 * g * g;
+  next.denominator = sqrtf(next.v) + step->eps;
+  return next;
+}
+
+/* The step in units of one code (times span->unit), kept where all sums are exact. */
+static float limit(float x) {
+  return x < -QM_MPQ_MOVE_MAX ? -QM_MPQ_MOVE_MAX : x > QM_MPQ_MOVE_MAX ? QM_MPQ_MOVE_MAX : x;
+}
+
+static void store_moment(const qm_array *moment, int64_t i, float x, const qm_noise *noise,
+                         uint32_t stream, uint64_t element) {
+  if (moment->dtype == QM_BF16) {
+    const qm_noise bits = qm_mpq_noise(noise, stream);
+    ((uint16_t *)moment->data)[i] = qm_to_bf16_stochastic(x, qm_bits(&bits, element));
+  } else {
+    ((float *)moment->data)[i] = x;
+  }
+}
+
+static void update_element(const qm_mpq_update_args *args, const qm_mpq_step *step,
+                           const qm_mpq_span *span, int64_t p, int64_t n, int64_t health[4]) {
+  const qm_mpq_view *q = &args->q;
+  const qm_noise *noise = &args->options.adam.noise;
+  const int64_t at = qm_mpq_feature(q, p) * q->n + n, g = qm_mpq_group(q, p);
+  const uint64_t element = (uint64_t)(p * q->n + n);
+  const float scale = qm_mpq_scale(q, g, n);
+  const float rate = qm_mpq_step_rate(step->rate, scale);
+  const float zero = qm_mpq_step_zero(q->asym, scale, qm_mpq_zero(q, g, n));
+  const float grad = qm_load(args->grad.data, args->grad.dtype, at) * step->grad_scale;
+  const int32_t code = (int32_t)qm_mpq_field(q->data.data, q->w_bit, q->n, p, n);
+  const float decay = step->decay * ((float)code - zero);
+
+  const int has_moments = args->exp_avg.data != NULL;
+  moments next = {0};
+  float d;
+  if (has_moments) {
+    next = advance(step, qm_load(args->exp_avg.data, args->exp_avg.dtype, at),
+                   qm_load(args->exp_avg_sq.data, args->exp_avg_sq.dtype, at), grad);
+    d = -(rate * next.m / next.denominator + decay);
+  } else {
+    d = -(rate * grad + decay);
+  }
+  health[0]++;
+  if (!(fabsf(d) <= FLT_MAX && next.v <= FLT_MAX)) {
+    health[3]++;
+    return;
+  }
+
+  int32_t start = code << span->bits; /* in units of 1 / span->unit codes */
+  if (span->bits > 0)
+    start += (int32_t)qm_mpq_field(q->residual.data, span->bits, q->n, p, n) - span->half;
+  const float move = limit(d * span->unit);
+  float wanted = rintf((float)start + move);
+  if (args->options.rounding == QM_ROUND_STOCHASTIC) {
+    const qm_noise bits = qm_mpq_noise(noise, QM_STREAM_CODES);
+    const float low = floorf(move);
+    wanted = (float)start + low + (qm_uniform(&bits, element) < move - low ? 1.0f : 0.0f);
+  }
+  const float got = wanted < span->low ? span->low : wanted > span->high ? span->high : wanted;
+  const int32_t steps = (int32_t)got, new_code = (steps + span->half) >> span->bits;
+  health[1] += new_code != code;
+  health[2] += got != wanted;
+  qm_mpq_set_field(q->data.data, q->w_bit, q->n, p, n, (uint32_t)new_code);
+  if (span->bits > 0)
+    qm_mpq_set_field(q->residual.data, span->bits, q->n, p, n,
+                     (uint32_t)(steps - (new_code << span->bits) + span->half));
+  if (!has_moments) return;
+  if (args->options.feedback == QM_FEEDBACK_MOMENTUM) {
+    const float lost = scale * (move - (got - (float)start));
+    next.m -= step->inject * next.denominator * lost;
+  }
+  store_moment(&args->exp_avg, at, next.m, noise, QM_STREAM_EXP_AVG, element);
+  store_moment(&args->exp_avg_sq, at, next.v, noise, QM_STREAM_EXP_AVG_SQ, element);
+}
+
+int32_t qm_reference_mpq_update(void *context, const qm_mpq_update_args *args) {
+  (void)context;
+  const qm_mpq_step step = qm_mpq_step_of(&args->options.adam, args->options.feedback);
+  const qm_mpq_span span = qm_mpq_span_of(&args->q);
+  int64_t health[4] = {0};
+  for (int64_t p = 0; p < args->q.k; p++)
+    for (int64_t n = 0; n < args->q.n; n++) update_element(args, &step, &span, p, n, health);
+  if (args->health.data != NULL)
+    for (int i = 0; i < 4; i++) ((int64_t *)args->health.data)[i] += health[i];
+  return QM_OK;
+}

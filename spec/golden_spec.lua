@@ -1,0 +1,137 @@
+-- Replays recorded update steps of the original system (bitorch-engine), every file mpq_*.safetensors
+-- of $QM_GOLDEN (default ../shared/golden beside the tree). The files' metadata say everything.
+local qm = require("quartermoon")
+local binding = require("quartermoon.ffi")
+local testing = require("spec.support.testing")
+
+local folder = os.getenv("QM_GOLDEN") or "../shared/golden"
+
+local function list(pattern)
+  local names = {}
+  local pipe = io.popen("ls -d '" .. folder .. "'/" .. pattern .. " 2>/dev/null")
+  for line in pipe:lines() do names[#names + 1] = line end
+  pipe:close()
+  return names
+end
+
+---A file as tables: metadata and a function that reads a tensor (or gives nil).
+local function open(path)
+  local file = qm.safetensors.open(path)
+  local known = {}
+  for _, name in ipairs(file:names()) do known[name] = true end
+  return {
+    metadata = file.metadata,
+    has = function(name) return known[name] or false end,
+    read = function(name) return known[name] and file:tensor(name, testing.device) or nil end,
+  }
+end
+
+---The recorded projection: matrices by update, chosen by the projector's type.
+local function recorded_projector(file, meta)
+  local kind, scale = meta.projector, tonumber(meta.scale)
+  local projector = {}
+  local left, right
+  function projector.at(_, tag) -- a matrix computed at one update serves until the next one
+    left = file.read("proj_left_" .. tag) or left
+    right = file.read("proj_right_" .. tag) or right
+  end
+  function projector.project(_, grad)
+    local low = grad
+    if left then low = qm.matmul(left, low, { trans_a = true }) end
+    if right then low = qm.matmul(low, right, { trans_b = true }) end
+    return low
+  end
+  function projector.project_back(_, low)
+    local full = low
+    if left then full = qm.matmul(left, full) end
+    if right then full = qm.matmul(full, right) end
+    local scaled = full:zeros_like()
+    binding.check(binding.lib.qm_accumulate(full.desc, scaled.desc, scale, 0), "scale")
+    return scaled
+  end
+  return kind ~= "none" and projector or nil
+end
+
+local function parameter(file, meta)
+  local layer_type = tonumber(meta.layer_type)
+  return qm.QParam.new {
+    data = file.read("qweight"), scales = file.read("scales"), zeros = file.read("zeros"),
+    g_idx = layer_type == 1 and file.read("g_idx") or nil, q_perm = file.read("q_perm"),
+    w_bit = tonumber(meta.bits), asym = meta.asym == "true", group_size = tonumber(meta.group_size),
+    layer_type = layer_type,
+  }
+end
+
+local DTYPES = { float32 = "f32", float16 = "f16", bfloat16 = "bf16" }
+
+local function replay(path)
+  local file = open(path)
+  local meta = file.metadata
+  local q = parameter(file, meta)
+  local projector = recorded_projector(file, meta)
+  local m, v = file.read("exp_avg_l_00"), file.read("exp_avg_s_00")
+  testing.assert_equal(file.read("weight_00"), q:dequantize(nil, "bie"), "weight_00")
+  local step = tonumber(meta.step0)
+  for update = 1, tonumber(meta.steps) do
+    local tag = ("%02d"):format(update)
+    local grad, low = file.read("grad_" .. tag), nil
+    if projector then
+      projector:at(tag)
+      local cast = grad:to(m.dtype)
+      low = file.read("lowrank_" .. tag)
+      testing.assert_close(low, projector:project(cast, step), 1e-5, "lowrank_" .. tag)
+      -- We go on with the recorded one: in the gradient's own singular basis it is diagonal, the rest
+      -- is rounding noise, and Adam makes directions of noise.
+    end
+    step = qm.QParam.update(q, {
+      mode = "bie", step = step, exp_avg_l = m, exp_avg_s = v, grad = low or grad, projector = projector,
+      lr = tonumber(meta.lr), beta1 = tonumber(meta.beta1), beta2 = tonumber(meta.beta2), eps = tonumber(meta.eps),
+      weight_decay = tonumber(meta.weight_decay), correct_bias = meta.correct_bias == "true",
+      dtype = DTYPES[meta.compute_dtype],
+    })
+    testing.assert_equal(file.read("qweight_" .. tag), q.data, "qweight_" .. tag)
+    local zeros = file.read("zeros_" .. tag)
+    if q.asym or zeros.dtype == "f16" then
+      testing.assert_equal(zeros, q.zeros, "zeros_" .. tag)
+    else
+      testing.assert_close(zeros, q.zeros, 1e-6, "zeros_" .. tag)
+    end
+    testing.assert_close(file.read("exp_avg_l_" .. tag), m, 1e-6, "exp_avg_l_" .. tag)
+    testing.assert_close(file.read("exp_avg_s_" .. tag), v, 1e-6, "exp_avg_s_" .. tag)
+  end
+  assert.equal(tonumber(meta.step0) + tonumber(meta.steps), step)
+  local last = ("weight_%02d"):format(tonumber(meta.steps))
+  if q.asym or q.zeros.dtype == "f16" then
+    testing.assert_equal(file.read(last), q:dequantize(nil, "bie"), last)
+  else
+    testing.assert_close(file.read(last), q:dequantize(nil, "bie"), 1e-6, last)
+  end
+end
+
+describe("The original's recorded update steps", function()
+  local paths = list("mpq_*.safetensors")
+  if #paths == 0 then
+    it("are replayed", function() pending("no mpq_*.safetensors in " .. folder .. " (set QM_GOLDEN)") end)
+  end
+  for _, path in ipairs(paths) do
+    it("come out of ours: " .. path:match("([^/]+)%.safetensors$"), function() replay(path) end)
+  end
+
+  for _, path in ipairs(list("mpq_*.safetensors")) do
+    local file = open(path)
+    if file.has("qscales_zeros") then
+      it("start from scales that prepare() makes of double quantization: " .. path:match("([^/]+)$"), function()
+        local meta = file.metadata
+        local parts = { data = file.read("qweight"), w_bit = tonumber(meta.bits), asym = meta.asym == "true",
+          group_size = tonumber(meta.group_size), q_perm = file.read("q_perm"),
+          layer_type = tonumber(meta.layer_type), zeros = meta.asym == "true" and file.read("zeros") or nil }
+        for _, name in ipairs({ "qstatistic", "qscales", "qscales_zeros", "qscales_scales", "qzeros_zeros",
+          "qzeros_scales" }) do parts[name] = file.read(name) end
+        local q = qm.QParam.new(parts):prepare()
+        testing.assert_equal(file.read("scales"), q.scales, "scales")
+        testing.assert_equal(file.read("zeros"), q.zeros, "zeros")
+        assert.is_nil(q.qscales_zeros)
+      end)
+    end
+  end
+end)
