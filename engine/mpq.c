@@ -13,8 +13,8 @@ static const int32_t *index_values(qm__call *call, const qm_array *index, int32_
   if (*owned == NULL)
     call->status = qm__fail(QM_E_MEMORY, "the host is out of memory");
   else
-    call->status = call->device->backend->read(call->device->context, index->data, *owned,
-                                               size_bytes);
+    call->status =
+        call->device->backend->read(call->device->context, index->data, *owned, size_bytes);
   return call->status == QM_OK ? *owned : NULL;
 }
 
@@ -36,7 +36,8 @@ static void check_q_perm(qm__call *call, const qm_array *q_perm) {
   for (int64_t p = 0; values != NULL && p < q_perm->count && call->status == QM_OK; p++) {
     const int32_t feature = values[p];
     const bool fresh = feature >= 0 && feature < q_perm->count && !seen[feature];
-    qm__require(call, fresh, "argument 'q_perm': expected a permutation of 0 .. %lld, got %d at %lld",
+    qm__require(call, fresh,
+                "argument 'q_perm': expected a permutation of 0 .. %lld, got %d at %lld",
                 (long long)q_perm->count - 1, feature, (long long)p);
     if (fresh) seen[feature] = 1;
   }
@@ -58,7 +59,8 @@ static bool is_width(int32_t bits) { return bits == 1 || bits == 2 || bits == 4 
 static bool check_scalars(qm__call *call, const qm_mpq *q) {
   qm__require(call, q != NULL, "argument 'q': expected a quantized parameter, got nothing");
   if (q == NULL) return false;
-  qm__require(call, is_width(q->w_bit), "argument 'w_bit': expected 1, 2, 4 or 8, got %d", q->w_bit);
+  qm__require(call, is_width(q->w_bit), "argument 'w_bit': expected 1, 2, 4 or 8, got %d",
+              q->w_bit);
   qm__require(call, q->residual_bits == 0 || q->residual_bits == 4 || q->residual_bits == 8,
               "argument 'residual_bits': expected 0, 4 or 8, got %d", q->residual_bits);
   qm__require(call, (q->residual_bits > 0) == (q->residual != NULL),
@@ -75,11 +77,14 @@ void qm__mpq(qm__call *call, const qm_mpq *q, qm__use codes_use, qm__use grid_us
   qm__operand(call, "data", q->data, "i32 [words, N]", codes_use, &view->data);
   if (call->status != QM_OK) return;
   const int64_t words = view->data.shape[0], n = view->data.shape[1];
-  qm__require(call, words % q->w_bit == 0,
-              "argument 'data': expected K * w_bit / 32 word rows, K a multiple of 32; got %lld word "
-              "rows at w_bit %d", (long long)words, q->w_bit);
+  qm__require(
+      call, words % q->w_bit == 0,
+      "argument 'data': expected K * w_bit / 32 word rows, K a multiple of 32; got %lld word "
+      "rows at w_bit %d",
+      (long long)words, q->w_bit);
   qm__require(call, !q->asym || n % 32 == 0,
-              "argument 'data': expected N a multiple of 32 (packed zeros), got N=%lld", (long long)n);
+              "argument 'data': expected N a multiple of 32 (packed zeros), got N=%lld",
+              (long long)n);
   const int64_t k = words / q->w_bit * 32;
   qm__bind(call, "K", k);
   qm__bind(call, "zwords", n / 32 * q->w_bit);

@@ -15,13 +15,14 @@ static void check_moments(qm__call *call, const qm_tensor *exp_avg, const qm_ten
 static qm_mpq_update_options check_options(qm__call *call, const qm_mpq_update_options *options,
                                            bool has_residual, bool has_moments) {
   qm_mpq_update_options checked = {0};
-  qm__require(call, options != NULL, "argument 'options': expected the step's options, got nothing");
+  qm__require(call, options != NULL,
+              "argument 'options': expected the step's options, got nothing");
   if (options == NULL) return checked;
   checked = *options;
   checked.adam = qm__adam(call, &options->adam);
   const int32_t feedback = options->feedback;
-  qm__require(call, options->rounding == QM_ROUND_NEAREST ||
-                        options->rounding == QM_ROUND_STOCHASTIC,
+  qm__require(call,
+              options->rounding == QM_ROUND_NEAREST || options->rounding == QM_ROUND_STOCHASTIC,
               "argument 'rounding': expected one of QM_ROUND_*, got %d", options->rounding);
   qm__require(call, feedback >= QM_FEEDBACK_NONE && feedback <= QM_FEEDBACK_RESIDUAL,
               "argument 'feedback': expected one of QM_FEEDBACK_*, got %d", feedback);
@@ -34,8 +35,9 @@ static qm_mpq_update_options check_options(qm__call *call, const qm_mpq_update_o
               "for a projected gradient, give the parameter a residual");
   qm__require(call, feedback != QM_FEEDBACK_MOMENTUM || options->adam.beta1 > 0.0,
               "argument 'feedback': momentum feedback needs beta1 above 0");
-  qm__require(call, isfinite(options->adam.lr) && isfinite(options->adam.weight_decay) &&
-                        options->adam.lr_next >= 0.0 && isfinite(options->adam.lr_next),
+  qm__require(call,
+              isfinite(options->adam.lr) && isfinite(options->adam.weight_decay) &&
+                  options->adam.lr_next >= 0.0 && isfinite(options->adam.lr_next),
               "argument 'lr': expected finite numbers, lr_next at least 0");
   return checked;
 }

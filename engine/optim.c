@@ -9,8 +9,8 @@ qm_adam qm__adam(qm__call *call, const qm_adam *adam) {
   checked.noise.step = (uint32_t)checked.step;
   qm__require(call, adam->step >= 1, "argument 'step': expected at least 1, got %lld",
               (long long)adam->step);
-  qm__require(call, adam->beta1 >= 0.0 && adam->beta1 < 1.0 && adam->beta2 >= 0.0 &&
-                        adam->beta2 < 1.0,
+  qm__require(call,
+              adam->beta1 >= 0.0 && adam->beta1 < 1.0 && adam->beta2 >= 0.0 && adam->beta2 < 1.0,
               "argument 'betas': expected both in [0, 1), got %g and %g", adam->beta1, adam->beta2);
   qm__require(call, adam->eps >= 0.0, "argument 'eps': expected at least 0, got %g", adam->eps);
   return checked;

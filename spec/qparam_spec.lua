@@ -106,7 +106,8 @@ describe("qm.QParam", function()
           for _, shape in ipairs({ { 32, 32 }, { 160, 96 }, { 96, asym and 544 or 515 } }) do
             local k, n = shape[1], shape[2]
             for variant = 1, 4 do
-              local q = random_q(k, n, { w_bit = w_bit, asym = asym, group_size = variant == 1 and 32 or 64, dtype = dtype,
+              local q = random_q(k, n, { w_bit = w_bit, asym = asym, dtype = dtype,
+                group_size = variant == 1 and 32 or 64,
                 q_perm = variant == 2 and permutation(k) or nil, residual_bits = ({ 0, 4, 8, 0 })[variant],
                 g_idx = variant >= 3 and random_groups(k, math.ceil(k / 64)) or nil,
                 method = variant == 4 and "mse" or "minmax" })
@@ -121,7 +122,8 @@ describe("qm.QParam", function()
                 end
               end
               for _, rounding in ipairs({ "nearest", "stochastic" }) do
-                local options = { rounding = rounding, noise = rounding == "stochastic" and { seed = 3, step = 7 } or nil }
+                local options = { rounding = rounding }
+                if rounding == "stochastic" then options.noise = { seed = 3, step = 7 } end
                 q:pack(w_type, options)
                 r:pack(w_there, options)
                 testing.assert_equal(q.data, r.data, rounding)

@@ -17,8 +17,7 @@ static double squared_error(const qm_mpq_fit_args *args, int64_t g, int64_t n, q
     if (qm_mpq_group(q, p) != g) continue;
     const float w = weight_at(args, p, n);
     if (!(fabsf(w) <= FLT_MAX)) continue;
-    const double error =
-        (double)qm_mpq_grid_error(w, grid, (float)qm_mpq_mask(q->w_bit), q->asym);
+    const double error = (double)qm_mpq_grid_error(w, grid, (float)qm_mpq_mask(q->w_bit), q->asym);
     sum += error * error;
   }
   return sum;

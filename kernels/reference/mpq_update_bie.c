@@ -14,7 +14,7 @@
 
 typedef struct bie_step {
   const qm_mpq_update_bie_args *args;
-  int32_t dtype; /* T */
+  int32_t dtype;      /* T */
   int32_t pack_dtype; /* promote(T, the scales' type) */
   float beta1, one_minus_beta1, beta2, one_minus_beta2, eps, rate;
 } bie_step;
@@ -93,8 +93,7 @@ static void group_means(const bie_step *step, int64_t n, const float *u, float *
 static void move_zeros_sym(const bie_step *step, int64_t n, const float *means) {
   const qm_mpq_view *q = &step->args->q;
   for (int64_t g = 0; g < q->groups; g++) {
-    const float moved =
-        qm_mpq_zero(q, g, n) + qm_round_to(step->dtype, step->rate * means[g]);
+    const float moved = qm_mpq_zero(q, g, n) + qm_round_to(step->dtype, step->rate * means[g]);
     qm_store(q->zeros.data, q->zeros.dtype, g * q->n + n, moved);
   }
 }

@@ -35,8 +35,6 @@ for _, name in ipairs({
   "reduce",
   "shape",
   "loss",
-  "layers", "qlinear",
-  "linalg",
   "qlinear",
 }) do
   for key, value in pairs(require("quartermoon.ops." .. name)) do qm[key] = value end

@@ -40,8 +40,6 @@ local M = { QParam = QParam }
 -- Tensors that a parameter may own, in the order in which they are listed and saved.
 local TENSORS = { "data", "scales", "zeros", "g_idx", "q_perm", "residual", "qstatistic", "qscales",
   "qscales_zeros", "qscales_scales", "qzeros_zeros", "qzeros_scales" }
--- Raw double-quantization tensors: gone after prepare().
-local RAW = { "qstatistic", "qscales", "qscales_zeros", "qscales_scales", "qzeros_zeros", "qzeros_scales" }
 
 local descriptor = ffi.new("qm_mpq")
 
@@ -148,61 +146,6 @@ function QParam.new(parts)
   return self
 end
 
-local METHODS = { minmax = tonumber(ffi.C.QM_FIT_MINMAX), mse = tonumber(ffi.C.QM_FIT_MSE) }
-local QUANTIZE_OPTIONS = { w_bit = 4, group_size = 64, asym = true, dtype = "f16", method = "minmax", range = 1,
-  residual_bits = 0, g_idx = check.optional, q_perm = check.optional, layer_type = check.optional,
-  requires_grad = true, id = check.optional, name = check.optional }
-
----Quantize a dense weight: fit a grid, round to it.
----
----@param w qm.Tensor  float [K, N]; K a multiple of 32, and N too for asym
----@param options table|nil
----   w_bit = 4              1, 2, 4 or 8
----   group_size = 64        rows of K to a grid; -1: one group. The last group may be short
----   asym = true            integer zero points (GPTQ), else float zeros
----   dtype = "f16"          of scales (and of float zeros)
----   method = "minmax"      or "mse", which shrinks the span to the least squared error
----   range = 1              multiplies the span
----   residual_bits = 0      4 or 8: keep what the codes lose, for feedback = "residual"
----   g_idx, q_perm          i32 [K], see the class; owned by the parameter from now on
----   layer_type, requires_grad = true, id, name
----@return qm.QParam
----@raise when a shape or an option does not fit
-function QParam.quantize(w, options)
-  local name = "qm.QParam.quantize"
-  check.desc(name, "w", w)
-  local o = check.options(name, options, QUANTIZE_OPTIONS)
-  check.one_of(name, "w_bit", o.w_bit, { 1, 2, 4, 8 })
-  check.one_of(name, "dtype", o.dtype, { "f32", "f16", "bf16" })
-  check.one_of(name, "residual_bits", o.residual_bits, { 0, 4, 8 })
-  local method = METHODS[check.one_of(name, "method", o.method, { "minmax", "mse" })]
-  check.number(name, "range", o.range)
-  check.integer(name, "group_size", o.group_size, -1)
-  local k, n = w.shape[1], w.shape[2]
-  if #w.shape ~= 2 then check.fail(name, "w", "a matrix [K, N]", w) end
-  if k % 32 ~= 0 or k == 0 then check.fail(name, "w", "K (rows) a multiple of 32, as codes fill whole words", w) end
-  if o.asym and n % 32 ~= 0 then
-    check.fail(name, "w", "N (columns) a multiple of 32, as packed zero points fill whole words", w)
-  end
-  local size = o.group_size == -1 and k or o.group_size
-  if size == 0 then check.fail(name, "group_size", "-1 or at least 1", size) end
-  local groups = math.ceil(k / size)
-  local function empty(rows, columns, dtype)
-    return tensors.empty({ rows, columns }, { dtype = dtype, device = w.device })
-  end
-  local q = QParam.new {
-    data = empty(k * o.w_bit / 32, n, "i32"), scales = empty(groups, n, o.dtype),
-    zeros = o.asym and empty(groups, n / 32 * o.w_bit, "i32") or empty(groups, n, o.dtype),
-    g_idx = o.g_idx, q_perm = o.q_perm, w_bit = o.w_bit, asym = o.asym, group_size = size, layer_type = o.layer_type,
-    residual_bits = o.residual_bits,
-    residual = o.residual_bits > 0 and empty(k * o.residual_bits / 32, n, "i32") or nil,
-    requires_grad = o.requires_grad, id = o.id, name = o.name,
-  }
-  binding.check(lib.qm_mpq_fit(q:descriptor(name), w.desc, method, o.range), name)
-  binding.check(lib.qm_mpq_pack(q:descriptor(name), w.desc, nil), name)
-  return q
-end
-
 ---Check every field again: types, shapes, indices in range, q_perm a permutation. @return qm.QParam self
 function QParam:validate()
   binding.check(lib.qm_mpq_validate(QParam.descriptor(self, "validate")), "validate")
@@ -260,6 +203,8 @@ function QParam:pack(w, options)
   return self
 end
 
+local METHODS = { minmax = tonumber(ffi.C.QM_FIT_MINMAX), mse = tonumber(ffi.C.QM_FIT_MSE) }
+
 ---Fit the grid anew to a dense weight, overwriting scales and zeros: the codes then mean something
 ---else until `pack`.
 ---@param method string|nil  "minmax" or "mse"
@@ -268,53 +213,6 @@ function QParam:fit(w, method, range)
   local description, desc = QParam.descriptor(self, "fit"), check.desc("fit", "w", w)
   method = METHODS[check.one_of("fit", "method", method or "minmax", { "minmax", "mse" })]
   binding.check(lib.qm_mpq_fit(description, desc, method, check.number("fit", "range", range or 1)), "fit")
-  return self
-end
-
----One of double quantization's results: parameters [rows, D] or [rows, D, 1] say how codes divide.
-local function undo(self, codes, shift, mask, zeros, scales)
-  local name, n = "prepare", self.shape[2]
-  check.desc(name, "codes", codes)
-  check.desc(name, "zeros", zeros)
-  check.desc(name, "scales", scales)
-  local rows, blocks = zeros.shape[1] or 0, zeros.shape[2] or 1
-  if n % math.max(blocks, 1) ~= 0 or blocks == 0 then check.fail(name, "zeros", "blocks that divide N=" .. n, zeros) end
-  local groups = codes:count() / n
-  if groups % 1 ~= 0 then check.fail(name, "codes", "N=" .. n .. " codes to a group", codes) end
-  local grid = { codes:view_as(name, { groups, blocks, n / blocks }), zeros:view_as(name, { rows, blocks }),
-    scales:view_as(name, { rows, blocks }) }
-  local out = tensors.empty({ groups, n }, { dtype = zeros.dtype, device = zeros.device })
-  local status = lib.qm_mpq_prepare(grid[1].desc, shift, mask, grid[2].desc, grid[3].desc, out.desc)
-  for _, tensor in ipairs(grid) do tensor:free() end
-  binding.check(status, name)
-  return out:keep()
-end
-
----Undo double quantization (GBA): from the 4- or 8-bit codes of scales and zeros make the float ones,
----and release the raw tensors. Groups of 256 and more never were doubly quantized: they keep the
----scales and zeros they came with. Does nothing where there is nothing to undo.
----
----Source: bitorch-engine's layer preparation; where its shapes do not broadcast we use one rule.
----@return qm.QParam self
-function QParam:prepare()
-  if not self.qscales_zeros then return self end
-  if self.group_size < 256 or not self.scales then
-    local codes = self.asym and self.qscales or self.qstatistic
-    local shift, mask = self.asym and 0 or 4, self.asym and 255 or 15
-    local scales = undo(self, codes, shift, mask, self.qscales_zeros, self.qscales_scales)
-    if self.scales then self.scales:free() end
-    self.scales = scales
-    if not self.asym then
-      local zeros = undo(self, codes, 0, 15, self.qzeros_zeros, self.qzeros_scales)
-      if self.zeros then self.zeros:free() end
-      self.zeros = zeros
-    end
-  end
-  for _, field in ipairs(RAW) do
-    if self[field] then self[field]:free() end
-    self[field] = nil
-  end
-  binding.check(lib.qm_mpq_validate(self:descriptor("prepare")), "prepare")
   return self
 end
 
@@ -363,6 +261,12 @@ function QParam.describe(q)
     q.residual_bits > 0 and (", residual %d bit"):format(q.residual_bits) or "")
 end
 QParam.__tostring = QParam.describe
+
+---From a dense weight; see qparam_quantize.lua.
+function QParam.quantize(w, options) return require("quartermoon.qparam_quantize").quantize(w, options) end
+
+---Undo double quantization; see qparam_quantize.lua. @return qm.QParam self
+function QParam:prepare() return require("quartermoon.qparam_quantize").prepare(self) end
 
 ---One update step in place; see qparam_update.lua.
 function QParam.update(q, options) return require("quartermoon.qparam_update").update(q, options) end
