@@ -10,6 +10,8 @@
 #include "internal.h"
 
 enum { SMALLEST_LOG2 = 8 }; /* 256 bytes, sixteen steps to the next power of two */
+/* The largest request: its class is still one of QM__SIZE_CLASSES. */
+static const int64_t largest_bytes = (int64_t)1 << (SMALLEST_LOG2 + QM__SIZE_CLASSES / 16 - 1);
 
 /* The class of a request and, through *rounded, that class's block size. */
 static int32_t size_class(int64_t size_bytes, int64_t *rounded) {
@@ -69,7 +71,7 @@ static int32_t refuse(const qm__allocator *allocator, int64_t size_bytes) {
 static int32_t allocate_locked(qm__allocator *allocator, int64_t size_bytes, void **memory,
                                int64_t *block_bytes) {
   qm_memory *m = &allocator->memory;
-  if (size_bytes < 0 || size_bytes > INT64_MAX / 4) return refuse(allocator, size_bytes);
+  if (size_bytes < 0 || size_bytes > largest_bytes) return refuse(allocator, size_bytes);
   int64_t rounded;
   const int32_t class = size_class(size_bytes, &rounded);
   qm__block *cached = allocator->free_lists[class];

@@ -31,6 +31,9 @@ int64_t qm__count(const qm_tensor *x) {
   return count;
 }
 
+/* Bounds the product of the extents other than 0, so that nothing made of them overflows. */
+static const int64_t volume_max = INT64_MAX / 16;
+
 void qm__describe(const qm_tensor *x, char *text, size_t size) {
   const char *dtype = qm_dtype_name(x->dtype);
   size_t used = (size_t)snprintf(text, size, "%s [", dtype == NULL ? "?" : dtype);
@@ -85,16 +88,17 @@ static bool lies_in_storage(qm__call *call, const char *name, const qm_tensor *x
     qm__require(call, false, "argument '%s': not a tensor (or one that was freed)", name);
     return false;
   }
-  const int64_t element = qm_dtype_size(x->dtype), room = x->storage->size_bytes - x->offset_bytes;
-  int64_t count =
-      1; /* 0 from the start for a tensor with an extent of 0, whose others may be large */
-  bool fits = x->offset_bytes >= 0 && room >= 0 && x->offset_bytes % element == 0;
-  for (int32_t i = 0; i < x->ndim; i++) count = x->shape[i] == 0 ? 0 : count;
+  const int64_t element = qm_dtype_size(x->dtype), size_bytes = x->storage->size_bytes;
+  const int64_t offset = x->offset_bytes;
+  bool fits = offset >= 0 && offset <= size_bytes && offset % element == 0, empty = false;
+  int64_t volume = 1;
   for (int32_t i = 0; i < x->ndim && fits; i++) {
-    fits = x->shape[i] >= 0 && (x->shape[i] == 0 || count <= room / x->shape[i]);
-    count *= fits ? x->shape[i] : 0;
+    const int64_t extent = x->shape[i] == 0 ? 1 : x->shape[i];
+    empty = empty || x->shape[i] == 0;
+    fits = extent > 0 && volume <= volume_max / extent;
+    if (fits) volume *= extent;
   }
-  fits = fits && count <= room / element;
+  fits = fits && (empty || volume <= (size_bytes - offset) / element);
   qm__require(call, fits, "argument '%s': its extents leave its storage", name);
   return fits;
 }
@@ -202,7 +206,7 @@ void qm__operand(qm__call *call, const char *name, const qm_tensor *x, const cha
   char key[QM__NAME_MAX];
   if (snprintf(key, sizeof key, "=%s", name) < (int)sizeof key) qm__bind(call, key, x->dtype);
   if (call->status != QM_OK) return;
-  out->data = x->storage->memory + x->offset_bytes;
+  out->data = x->storage->memory == NULL ? NULL : x->storage->memory + x->offset_bytes;
   out->ndim = x->ndim;
   out->dtype = x->dtype;
   out->count = qm__count(x);
@@ -243,7 +247,9 @@ int32_t qm__finish(qm__call *call) {
   for (int32_t i = 0; i < call->operand_count && call->status == QM_OK; i++) {
     if (call->operands[i].use == QM__READ) continue;
     for (int32_t j = 0; j < call->operand_count; j++) {
-      const bool apart = call->operands[i].end <= call->operands[j].begin ||
+      const bool empty = call->operands[i].begin == call->operands[i].end ||
+                         call->operands[j].begin == call->operands[j].end;
+      const bool apart = empty || call->operands[i].end <= call->operands[j].begin ||
                          call->operands[j].end <= call->operands[i].begin;
       const bool same = call->operands[i].begin == call->operands[j].begin &&
                         call->operands[i].end == call->operands[j].end;

@@ -125,7 +125,7 @@ local function check_shape(name, shape)
   if #shape > tonumber(ffi.C.QM_DIMS_MAX) then check.fail(name, "shape", "at most 4 dimensions", #shape) end
   local copy, count = {}, 1
   for i = 1, #shape do
-    copy[i] = check.integer(name, "shape", shape[i], 0)
+    copy[i] = check.integer(name, "shape", shape[i], 0, 2 ^ 50)
     count = count * copy[i]
   end
   if count > 2 ^ 50 then check.fail(name, "shape", "at most 2^50 elements", count) end
