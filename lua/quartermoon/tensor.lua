@@ -281,11 +281,13 @@ function Tensor:share()
   return view(self, self.shape, self.desc.offset_bytes)
 end
 
----Release the memory now. Freeing twice is harmless; using the tensor afterwards is an error.
+---Release the memory now. Freeing twice is harmless; using the tensor afterwards is an error. On the
+---gradient tape it keeps its place: gradients flow past it where its value is not needed, and where it
+---is, backward() raises; they are never lost in silence.
 function Tensor:free()
   if self.storage == nil then return end
   lib.qm_storage_release(ffi.gc(self.storage, nil))
-  self.storage, self.desc.storage, self.node = nil, nil, nil
+  self.storage, self.desc.storage = nil, nil
 end
 
 ---How many tensors share this memory.
@@ -402,9 +404,11 @@ function Tensor:at(...)
   for i = 1, #self.shape do
     at = at * self.shape[i] + check.integer("at", "index " .. i, (select(i, ...)), 1, self.shape[i]) - 1
   end
-  local element = self:view_as("at", { self:count() }):view_rows("at", at + 1, 1)
+  local row = self:view_as("at", { self:count() })
+  local element = row:view_rows("at", at + 1, 1)
   local value = element:item()
   element:free()
+  row:free()
   return value
 end
 
