@@ -184,3 +184,112 @@ describe("qm.linear", function()
       "qm.linear: argument 'bias': expected float [N=3], got qm.Tensor f32 [1]", 1, true)
   end)
 end)
+
+-- Decompositions run in f32 or better: a dozen ulps of the largest value.
+local TOLERANCE = 2e-6
+
+---A random matrix of a given rank.
+local function matrix_of_rank(m, n, rank)
+  local options = { device = "reference" }
+  return qm.matmul(qm.randn({ m, rank }, options), qm.randn({ rank, n }, options))
+end
+
+---The identity, f32 [n, n].
+local function identity(n, device)
+  local rows = {}
+  for i = 1, n do
+    rows[i] = {}
+    for j = 1, n do rows[i][j] = i == j and 1 or 0 end
+  end
+  return qm.tensor(rows, { device = device })
+end
+
+for _, device in ipairs({ "reference", testing.device }) do
+  describe("qm.svd on " .. device, function()
+    it("decomposes by hand", function()
+      local u, s, vt = qm.svd(qm.tensor({ { 0, -3 }, { 2, 0 }, { 0, 4 } }, { device = device }))
+      assert.same({ { 3, 2 }, { 2 }, { 2, 2 } }, { u.shape, s.shape, vt.shape })
+      assert.near(5, s:at(1), 1e-5)
+      assert.near(2, s:at(2), 1e-5)
+      assert.near(1, math.abs(vt:at(1, 2)), 1e-6)
+      assert.near(-0.6, u:at(1, 1) * vt:at(1, 2), 1e-6)
+      assert.near(0.8, u:at(3, 1) * vt:at(1, 2), 1e-6)
+      assert.near(1, u:at(2, 2) * vt:at(2, 1), 1e-6)
+    end)
+
+    it("gives orthonormal factors whose product is the matrix, whatever its shape and rank", function()
+      for _, size in ipairs({ { 1, 1, 1 }, { 5, 1, 1 }, { 1, 4, 1 }, { 7, 7, 7 }, { 23, 9, 9 }, { 8, 31, 8 },
+        { 9, 9, 4 }, { 20, 6, 3 }, { 5, 12, 2 } }) do
+        local a = matrix_of_rank(size[1], size[2], size[3]):to(device)
+        local u, s, vt = qm.svd(a)
+        local r = s.shape[1]
+        testing.assert_close(identity(r, device), qm.matmul(u, u, { trans_a = true }), TOLERANCE, "u")
+        testing.assert_close(identity(r, device), qm.matmul(vt, vt, { trans_b = true }), TOLERANCE, "vt")
+        local values, diagonal = s:totable(), identity(r):totable()
+        for i = 1, r do
+          diagonal[i][i] = values[i]
+          assert.is_true(values[i] >= 0 and values[i] <= (values[i - 1] or math.huge))
+        end
+        testing.assert_close(a, qm.matmul(qm.matmul(u, qm.tensor(diagonal, { device = device })), vt), TOLERANCE * 2)
+      end
+    end)
+
+    it("takes the zero matrix and empty ones", function()
+      local u, s, vt = qm.svd(qm.zeros({ 4, 3 }, { device = device }))
+      assert.same({ 0, 0, 0 }, s:totable())
+      testing.assert_close(identity(3, device), qm.matmul(u, u, { trans_a = true }), TOLERANCE)
+      testing.assert_close(identity(3, device), qm.matmul(vt, vt, { trans_b = true }), TOLERANCE)
+      assert.same({ 0 }, select(2, qm.svd(qm.empty({ 0, 3 }, { device = device }))).shape)
+    end)
+
+    it("refuses what it cannot decompose", function()
+      for _, value in ipairs({ 0 / 0, 1 / 0, -1 / 0 }) do
+        assert.error_matches(function() qm.svd(qm.tensor({ { 1, 2 }, { value, 3 } }, { device = device })) end,
+          "qm.svd: argument 'a': expected finite values, got [-%w]+ at 2")
+      end
+      assert.error_matches(function() qm.svd(qm.ones({ 3 }, { device = device })) end,
+        "qm.svd: argument 'a': expected f32 [M, N], got f32 [3]", 1, true)
+      assert.error_matches(function() qm.svd(qm.ones({ 3, 3 }, { device = device, dtype = "bf16" })) end,
+        "qm.svd: argument 'a': expected f32 [M, N], got bf16 [3, 3]", 1, true)
+    end)
+  end)
+
+  describe("qm.qr on " .. device, function()
+    it("gives an orthonormal basis of the columns, whatever their rank", function()
+      for _, size in ipairs({ { 1, 1, 1 }, { 6, 1, 1 }, { 5, 5, 5 }, { 67, 13, 13 }, { 20, 6, 3 } }) do
+        local a = matrix_of_rank(size[1], size[2], size[3]):to(device)
+        local q = qm.qr(a)
+        testing.assert_close(identity(size[2], device), qm.matmul(q, q, { trans_a = true }), TOLERANCE)
+        -- Projecting a onto the basis changes nothing.
+        testing.assert_close(a, qm.matmul(q, qm.matmul(q, a, { trans_a = true })), TOLERANCE * 2)
+        -- Each column adds itself: r is upper triangular.
+        local r = qm.matmul(q, a, { trans_a = true }):totable()
+        for i = 1, size[2] do
+          for j = 1, i - 1 do assert.near(0, r[i][j], 1e-4) end
+        end
+      end
+    end)
+
+    it("takes zeros and empty matrices, and refuses wide ones and NaN", function()
+      local q = qm.qr(qm.zeros({ 4, 2 }, { device = device }))
+      testing.assert_close(identity(2, device), qm.matmul(q, q, { trans_a = true }), TOLERANCE)
+      assert.same({ 3, 0 }, qm.qr(qm.empty({ 3, 0 }, { device = device })).shape)
+      assert.error_matches(function() qm.qr(qm.ones({ 2, 3 }, { device = device })) end,
+        "qm.qr: argument 'a': expected at least as many rows as columns, got f32 [2, 3]", 1, true)
+      assert.error_matches(function() qm.qr(qm.full({ 2, 2 }, 0 / 0, { device = device })) end,
+        "qm.qr: argument 'a': expected finite values, got %-?nan at 0")
+    end)
+  end)
+end
+
+describe("the decompositions", function()
+  it("equal the reference: singular values, and the basis with its signs", function()
+    for _, size in ipairs({ { 1, 1 }, { 9, 4 }, { 33, 33 }, { 70, 20 } }) do
+      local a = qm.randn(size, { device = "reference" })
+      local expected, actual = testing.both({ a }, function(x) return select(2, qm.svd(x)), qm.qr(x) end)
+      testing.assert_close(expected[1], actual[1], TOLERANCE)
+      -- The last columns of a nearly singular basis are the least certain.
+      testing.assert_close(expected[2], actual[2], 1e-4)
+    end
+  end)
+end)
