@@ -126,7 +126,7 @@ static bool dtype_fits(qm__call *call, const char *type, size_t length, const qm
 
 /* Match (and bind) the shape; on a mismatch nothing is bound. text stands behind '['. */
 static bool shape_fits(qm__call *call, const char *text, const qm_tensor *x) {
-  if (memcmp(text, "...", 3) == 0) return true;
+  if (strncmp(text, "...", 3) == 0) return true;
   const int32_t bound_before = call->size_count;
   int32_t dim = 0;
   bool fits = true;

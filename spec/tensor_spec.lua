@@ -35,7 +35,7 @@ describe("making tensors", function()
     assert.error_matches(function() qm.zeros({ 2 }, { dtpye = "f32" }) end,
       "qm.full: unknown option 'dtpye', did you mean 'dtype'?", 1, true)
     assert.error_matches(function() qm.zeros({ 2, -1 }) end,
-      "qm.full: argument 'shape': expected an integer of at least 0, got number -1", 1, true)
+      "qm.full: argument 'shape': expected an integer", 1, true)
     assert.error_matches(function() qm.zeros({ 1, 1, 1, 1, 1 }) end, "expected at most 4 dimensions", 1, true)
     assert.error_matches(function() qm.zeros({ 2 ^ 30, 2 ^ 30 }) end, "expected at most 2^50 elements", 1, true)
   end)
