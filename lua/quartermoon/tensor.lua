@@ -230,6 +230,40 @@ function M.from_string(text, options)
   return tensor
 end
 
+---Host memory for `count` elements, to index from 0 and hand to `from_host` and `read_elements`.
+---Indices are not checked. Without f16 and bf16, which Lua cannot read.
+function M.host_buffer(dtype, count)
+  check.one_of("host_buffer", "dtype", dtype, { "f32", "i8", "u8", "i16", "i32", "i64" })
+  check.integer("host_buffer", "count", count, 0)
+  return ffi.new(ELEMENT[dtype] .. "[?]", math.max(count, 1))
+end
+
+---A tensor [count] with the first elements of a host buffer.
+---@param buffer ffi.cdata*  from host_buffer(dtype, at least count)
+---@param options table|nil  { device = default }
+function M.from_host(buffer, count, dtype, options)
+  local name = "from_host"
+  if ffi.sizeof(buffer) < count * DTYPE_SIZE[dtype] then check.fail(name, "buffer", count .. " elements", buffer) end
+  options = check.options(name, options, { device = check.optional })
+  local tensor = new(name, { count }, { dtype = dtype, device = options.device })
+  binding.check(lib.qm_write(tensor.desc, buffer, count * DTYPE_SIZE[dtype]), name)
+  return tensor
+end
+
+local window = ffi.new("qm_tensor")
+
+---Elements first .. first + length - 1 (from 1) of a tensor of one dimension into a host buffer.
+---@param buffer ffi.cdata*  from host_buffer of this tensor's type
+function Tensor:read_elements(first, length, buffer)
+  local name, size = "read_elements", DTYPE_SIZE[self:alive("read_elements").dtype]
+  check.integer(name, "first", first, 1, self.shape[1] + 1)
+  check.integer(name, "length", length, 0, self.shape[1] + 1 - first)
+  if ffi.sizeof(buffer) < length * size then check.fail(name, "buffer", length .. " elements", buffer) end
+  window.storage, window.dtype, window.ndim = self.storage, self.desc.dtype, 1
+  window.offset_bytes, window.shape[0] = self.desc.offset_bytes + (first - 1) * size, length
+  binding.check(lib.qm_read(window, buffer, length * size), name)
+end
+
 ---A file's bytes as a read-only tensor, mapped: nothing is read before it is used.
 ---@param path string
 ---@param dtype string|nil  element type, default u8; the file's length must be a multiple of it
