@@ -89,8 +89,7 @@ int32_t qm_file_write(qm_file *file, const void *bytes, int64_t size_bytes) {
   return QM_OK;
 }
 
-/* A rename is safe on disk only when its folder is. */
-static int32_t sync_folder(const char *path) {
+int32_t qm__sync_parent(const char *path) {
   const char *slash = strrchr(path, '/');
   char *folder = slash == NULL   ? strdup(".")
                  : slash == path ? strdup("/")
@@ -118,7 +117,7 @@ int32_t qm_file_commit(qm_file *file) {
     return qm__fail(QM_E_IO, "%s: %s", file->path, strerror(errno));
   close(file->descriptor);
   file->descriptor = -1;
-  return sync_folder(file->path);
+  return qm__sync_parent(file->path);
 }
 
 void qm_file_release(qm_file *file) {

@@ -127,6 +127,11 @@ qm_adam qm__adam(qm__call *call, const qm_adam *adam);
 void qm__mpq(qm__call *call, const qm_mpq *q, qm__use codes_use, qm__use grid_use,
              qm_mpq_view *view);
 
+/* ---- file.c ---- */
+
+/* Sync the folder that path lies in: a rename is safe on disk only when its folder is. */
+int32_t qm__sync_parent(const char *path);
+
 /* ---- profile.c ---- */
 
 /* Now, in seconds, while a profile runs; else 0. */

@@ -346,6 +346,16 @@ int32_t qm_file_write(qm_file *file, const void *bytes, int64_t size_bytes);
 int32_t qm_file_commit(qm_file *file);
 void qm_file_release(qm_file *file);
 
+/* Folders, for checkpoints. Create: parents too; one that is there already is fine. */
+int32_t qm_folder_create(const char *path);
+/* Names in a folder but "." and "..", in no order, each with its NUL, as far as they fit into names;
+** *needed_bytes is what all of them take. */
+int32_t qm_folder_list(const char *path, char *names, int64_t size_bytes, int64_t *needed_bytes);
+/* Give a folder (or file) another name, which must not be taken, and sync: atomic. */
+int32_t qm_folder_rename(const char *from, const char *to);
+/* Remove a folder and the files in it; one that holds folders stays, without its files. */
+int32_t qm_folder_remove(const char *path);
+
 /* ---- safetensors ---- */
 
 typedef struct qm_safetensors qm_safetensors; /* handle: a mapped file, checked on opening */

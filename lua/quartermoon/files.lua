@@ -127,6 +127,48 @@ function M.assert(name, value, reason)
   return value
 end
 
+---Make a folder, and those it lies in; one that is there already is fine.
+---@param path string
+function M.make_folder(path)
+  check.type("qm.files.make_folder", "path", path, "string")
+  binding.check(lib.qm_folder_create(path), "qm.files.make_folder")
+end
+
+local needed = ffi.new("int64_t[1]")
+
+---Names of what a folder holds, sorted; or nil and the reason.
+---@param path string
+---@return string[]|nil names, string|nil reason
+function M.list(path)
+  check.type("qm.files.list", "path", path, "string")
+  local room, buffer = 4096, nil
+  repeat -- the folder may grow between two calls
+    if buffer then room = tonumber(needed[0]) end
+    buffer = ffi.new("char[?]", room)
+    if lib.qm_folder_list(path, buffer, room, needed) ~= 0 then return nil, binding.last_error() end
+  until needed[0] <= room
+  local names = {}
+  for name in ffi.string(buffer, tonumber(needed[0])):gmatch("%Z+") do names[#names + 1] = name end
+  table.sort(names)
+  return names
+end
+
+---Give a folder another name, atomically and synced to the disk.
+---@param from string
+---@param to string  must not be there yet
+function M.rename_folder(from, to)
+  check.type("qm.files.rename_folder", "from", from, "string")
+  check.type("qm.files.rename_folder", "to", to, "string")
+  binding.check(lib.qm_folder_rename(from, to), "qm.files.rename_folder")
+end
+
+---Remove a folder and the files in it; it must hold no folders.
+---@param path string
+function M.remove_folder(path)
+  check.type("qm.files.remove_folder", "path", path, "string")
+  binding.check(lib.qm_folder_remove(path), "qm.files.remove_folder")
+end
+
 ---@param path string
 ---@return string folder  with its trailing slash, "" when the path has none
 ---@return string base

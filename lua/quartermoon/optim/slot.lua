@@ -166,9 +166,10 @@ end
 ---@param tensors table<string, qm.Tensor>  copied
 function Slot:load(numbers, tensors)
   self.steps = check.integer("optim:load_state", self.name .. ".steps", numbers.steps, 0)
+  local device = self.quantized and self.param.data.device or self.param.device
   for _, key in ipairs({ "exp_avg", "exp_avg_sq" }) do
     if self[key] then self[key]:free() end
-    self[key] = tensors[key] and tensors[key]:clone():keep()
+    self[key] = tensors[key] and tensors[key]:to(device):keep()
   end
   if self.projector and self.projector.load_state then
     local projected = {}

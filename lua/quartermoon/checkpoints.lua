@@ -1,0 +1,203 @@
+---Checkpoints: everything a run needs to go on, bit for bit as if it had never stopped.
+---
+---    qm.checkpoints.save("runs/a", { step = step, model = model, optim = optim, data = data })
+---    local state = qm.checkpoints.load("runs/a", { model = model, optim = optim, data = data })
+---
+---A checkpoint is a folder "000007-step-1400" (the seventh of its run, after step 1400) with
+---model.safetensors, optim.safetensors and state.json. It is written under another name, synced
+---and renamed: a kill at any instant leaves the checkpoints that were there and perhaps the new one,
+---each whole.
+
+local check = require("quartermoon.check")
+local files = require("quartermoon.files")
+local module = require("quartermoon.nn.module")
+local raise = require("quartermoon.ffi").raise
+local random = require("quartermoon.random")
+local safetensors = require("quartermoon.safetensors")
+
+local M = {}
+
+local FORMAT = 1
+local SCALARS = { "w_bit", "group_size", "asym", "layer_type", "residual_bits" }
+
+---A parameter's tensors under the names that a checkpoint gives them.
+local function add_parts(tensors, entry)
+  for _, part in ipairs(module.parts(entry.param)) do
+    tensors[part.field == "" and entry.name or entry.name .. "." .. part.field] = part.tensor
+  end
+end
+
+---What a quantized parameter is besides its tensors.
+local function scalars_of(param)
+  local scalars = {}
+  for _, key in ipairs(SCALARS) do scalars[key] = param[key] end
+  return scalars
+end
+
+local function save_model(folder, model, state)
+  local tensors = {}
+  state.quantized = {}
+  for _, entry in ipairs(model:named_parameters()) do
+    add_parts(tensors, entry)
+    if module.is_quantized(entry.param) then state.quantized[entry.name] = scalars_of(entry.param) end
+  end
+  safetensors.save(folder .. "/model.safetensors", tensors)
+end
+
+local function save_optim(folder, optim, state)
+  local saved = optim:state()
+  state.optim = saved.numbers
+  safetensors.save(folder .. "/optim.safetensors", saved.tensors)
+end
+
+---Folders of checkpoints, in the order they were written.
+---@param folder string
+---@return { path: string, step: integer, serial: integer }[]
+function M.list(folder)
+  local found = {}
+  for _, name in ipairs(files.list(check.type("qm.checkpoints.list", "folder", folder, "string")) or {}) do
+    local serial, step = name:match("^(%d+)%-step%-(%d+)$")
+    if step then
+      found[#found + 1] = { path = folder .. "/" .. name, step = tonumber(step), serial = tonumber(serial) }
+    end
+  end
+  table.sort(found, function(a, b) return a.serial < b.serial end)
+  return found
+end
+
+---The newest checkpoint's folder, or nil and the reason.
+---@param folder string
+---@return string|nil path, string|nil reason
+function M.latest(folder)
+  local found = M.list(folder)
+  if #found == 0 then return nil, folder .. ": there is no checkpoint" end
+  return found[#found].path
+end
+
+---Remove all checkpoints but the last `keep`, and what killed runs left half written or half removed: a
+---checkpoint loses its name before it loses a file.
+local function tidy(folder, keep)
+  local found = M.list(folder)
+  for i = 1, #found - keep do
+    local doomed = found[i].path
+    files.rename_folder(doomed, (doomed:gsub("[^/]+$", "partial-%0")))
+  end
+  for _, name in ipairs(files.list(folder) or {}) do
+    if name:match("^partial%-%d+%-step%-%d+$") then files.remove_folder(folder .. "/" .. name) end
+  end
+end
+
+local SAVE_OPTIONS = { step = check.required, model = check.optional, optim = check.optional, data = check.optional,
+  rng = check.optional, config = check.optional, extra = check.optional, keep = 3 }
+
+---Write a checkpoint.
+---@param folder string  made where it is missing
+---@param options table  { step, model = a qm.Module, optim = a qm.Optim, data = an object with :state()
+---   and :load_state(), rng = a qm.generator (the default generator is always saved), config and extra =
+---   tables for JSON (numbers to 14 digits), keep = 3: so many checkpoints stay }
+---@return string path   the checkpoint's folder
+---@raise when anything cannot be written; the earlier checkpoints are untouched then
+function M.save(folder, options)
+  local name = "qm.checkpoints.save"
+  check.type(name, "folder", folder, "string")
+  options = check.options(name, options, SAVE_OPTIONS)
+  local step = check.integer(name, "step", options.step, 0, 2 ^ 53)
+  local keep = check.integer(name, "keep", options.keep, 1)
+  local default = random.default
+  local state = { format = FORMAT, step = step, config = options.config, extra = options.extra,
+    default_rng = { seed = default.seed, draws = default.draws } }
+  if options.rng then state.rng = { seed = options.rng.seed, draws = options.rng.draws } end
+  if options.data then state.data = options.data:state() end
+
+  files.make_folder(folder)
+  local found = M.list(folder)
+  local serial = #found > 0 and found[#found].serial + 1 or 1
+  local base = ("%06d-step-%d"):format(serial, step)
+  local partial, path = folder .. "/partial-" .. base, folder .. "/" .. base
+  files.make_folder(partial)
+  if options.model then save_model(partial, options.model, state) end
+  if options.optim then save_optim(partial, options.optim, state) end
+  files.write_json(partial .. "/state.json", state)
+  files.rename_folder(partial, path)
+  tidy(folder, keep)
+  return path
+end
+
+---Fill a quantized parameter's fields that the file has and it lacks, or refuse.
+local function match_quantized(name, entry, saved, file)
+  local q = entry.param
+  if type(saved) ~= "table" then raise(("%s: %s: '%s' is no quantized parameter there"):format(name, file.path,
+    entry.name)) end
+  if saved.residual_bits and saved.residual_bits > 0 and not q.residual then
+    q:add_residual(check.one_of(name, entry.name .. ".residual_bits", saved.residual_bits, { 4, 8 }))
+  end
+  for _, key in ipairs(SCALARS) do
+    if key ~= "residual_bits" and q[key] ~= saved[key] then
+      check.fail(name, entry.name .. "." .. key, tostring(q[key]), saved[key])
+    end
+  end
+end
+
+local function load_model(name, path, model, state)
+  safetensors.with(path .. "/model.safetensors", function(file)
+    local wanted = {}
+    for _, entry in ipairs(model:named_parameters()) do
+      if module.is_quantized(entry.param) then
+        match_quantized(name, entry, (state.quantized or {})[entry.name], file)
+      end
+      add_parts(wanted, entry)
+    end
+    -- First look whether all is there, then overwrite: a mismatch must not leave half a model.
+    for key, tensor in pairs(wanted) do
+      local dtype, shape = file:info(key)
+      if dtype ~= tensor.dtype or table.concat(shape, ",") ~= table.concat(tensor.shape, ",") then
+        raise(("%s: %s: '%s' is %s [%s] there, expected %s [%s]"):format(name, file.path, key, dtype,
+          table.concat(shape, ", "), tensor.dtype, table.concat(tensor.shape, ", ")))
+      end
+    end
+    for key, tensor in pairs(wanted) do file:read(key, tensor) end
+  end)
+end
+
+local function load_optim(path, optim, state)
+  safetensors.with(path .. "/optim.safetensors", function(file)
+    local tensors = {}
+    for _, key in ipairs(file:names()) do tensors[key] = file:tensor(key, "cpu") end
+    optim:load_state({ numbers = state.optim, tensors = tensors })
+    for _, tensor in pairs(tensors) do tensor:free() end
+  end)
+end
+
+local function restore(name, what, generator, saved)
+  check.type(name, what, saved, "table")
+  generator.seed = check.integer(name, what .. ".seed", saved.seed, 0, 2 ^ 32 - 1)
+  generator.draws = check.integer(name, what .. ".draws", saved.draws, 0, 2 ^ 32 - 1)
+end
+
+---Read a checkpoint into the objects of a run that were made as they were for the first start.
+---@param path string  a checkpoint's folder, or one that holds some: then the newest
+---@param options table|nil  { model, optim, data, rng }: what to restore; the default generator always is
+---@return table state   { step, config, extra, path }
+---@raise when there is none, or one does not fit
+function M.load(path, options)
+  local name = "qm.checkpoints.load"
+  check.type(name, "path", path, "string")
+  options = check.options(name, options, { model = check.optional, optim = check.optional, data = check.optional,
+    rng = check.optional })
+  if not files.exists(path .. "/state.json") then
+    local newest, reason = M.latest(path)
+    path = newest or raise(name .. ": " .. reason)
+  end
+  local state = files.assert(name, files.read_json(path .. "/state.json"))
+  check.type(name, "state.json", state, "table")
+  if state.format ~= FORMAT then check.fail(name, "format", "checkpoint format " .. FORMAT, state.format) end
+  check.integer(name, "step", state.step, 0)
+  if options.model then load_model(name, path, options.model, state) end
+  if options.optim then load_optim(path, options.optim, state) end
+  if options.data then options.data:load_state(state.data) end
+  if options.rng then restore(name, "rng", options.rng, state.rng) end
+  restore(name, "default_rng", random.default, state.default_rng)
+  return { step = state.step, config = state.config, extra = state.extra, path = path }
+end
+
+return M

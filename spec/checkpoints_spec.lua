@@ -1,0 +1,173 @@
+local qm = require("quartermoon")
+local files = require("quartermoon.files")
+
+local CONFIG = { vocab_size = 32, hidden_size = 32, intermediate_size = 64, num_hidden_layers = 1,
+  num_attention_heads = 2, max_position_embeddings = 16 }
+
+---A folder of our own, removed afterwards.
+local function with_folder(body)
+  local folder = os.tmpname()
+  os.remove(folder)
+  local ok, problem = pcall(body, folder)
+  os.execute("rm -rf '" .. folder .. "'")
+  if not ok then error(problem, 0) end
+end
+
+---A run that does not depend on anything outside it: the data are draws of its own generator.
+local Run = {}
+Run.__index = Run
+
+local function new_run(linear, optim_options)
+  qm.seed(11)
+  local self = setmetatable({ rng = qm.generator(5), losses = {} }, Run)
+  self.model = qm.models.llama.new(CONFIG, { dtype = "f32", linear = linear })
+  self.optim = qm.optim.new(self.model, optim_options)
+  self.data = { position = 0, state = function(data) return { position = data.position } end,
+    load_state = function(data, state) data.position = state.position end }
+  return self
+end
+
+function Run:steps(first, last)
+  for step = first, last do
+    local draws = self.rng:rand({ 17 }, nil, 0, CONFIG.vocab_size):to("i32"):totable()
+    local offset = self.data.position % 3 -- so that the position matters
+    local tokens, targets = {}, {}
+    for i = 1, 16 do tokens[i], targets[i] = draws[i], (draws[i] + offset) % CONFIG.vocab_size end
+    local i32 = { dtype = "i32" }
+    local loss = self.model:loss(qm.tensor(tokens, i32), qm.tensor(targets, i32), { 0, 9, 16 })
+    self.losses[step] = loss:item()
+    loss:backward()
+    self.optim:clip_grad_norm(1)
+    self.optim:step()
+    self.optim:zero_grad()
+    self.data.position = self.data.position + 1
+  end
+end
+
+function Run:save(folder, step, keep)
+  return qm.checkpoints.save(folder, { step = step, model = self.model, optim = self.optim, data = self.data,
+    rng = self.rng, config = CONFIG, keep = keep })
+end
+
+function Run:load(path)
+  return qm.checkpoints.load(path, { model = self.model, optim = self.optim, data = self.data, rng = self.rng })
+end
+
+---Every bit of a run's weights.
+function Run:bytes()
+  local parts = {}
+  for _, entry in ipairs(self.model:named_parameters()) do
+    for _, part in ipairs(qm.nn.parts(entry.param)) do parts[#parts + 1] = part.tensor:bytes() end
+  end
+  return table.concat(parts)
+end
+
+local KINDS = {
+  ["dense"] = { { kind = "dense" }, { lr = qm.schedule.cosine(1e-2, 40), weight_decay = 0.1 } },
+  ["dense, bf16 moments"] = { { kind = "dense" }, { lr = 1e-2, moments = "bf16", seed = 4 } },
+}
+
+describe("qm.checkpoints", function()
+  for kind, options in pairs(KINDS) do
+    it("resumes bit for bit: " .. kind, function()
+      with_folder(function(folder)
+        local through = new_run(unpack(options))
+        through:steps(1, 40)
+        local first = new_run(unpack(options))
+        first:steps(1, 20)
+        first:save(folder, 20)
+        qm.seed(99) -- whatever else happened since
+        qm.rand({ 3 })
+        local second = new_run(unpack(options))
+        second:steps(1, 3)
+        local state = second:load(folder)
+        assert.equal(20, state.step)
+        assert.equal(CONFIG.hidden_size, state.config.hidden_size)
+        second:steps(21, 40)
+        for step = 21, 40 do assert.equal(through.losses[step], second.losses[step], "step " .. step) end
+        assert.is_true(through:bytes() == second:bytes())
+        assert.is_true(second.losses[40] < second.losses[21] + 1)
+      end)
+    end)
+  end
+
+  it("keeps the last few, in the order they were written, whatever their steps", function()
+    with_folder(function(folder)
+      local run = new_run({ kind = "dense" })
+      for _, step in ipairs({ 10, 20, 30, 15, 25 }) do run:save(folder, step, 2) end
+      local steps = {}
+      for i, found in ipairs(qm.checkpoints.list(folder)) do steps[i] = found.step end
+      assert.same({ 15, 25 }, steps)
+      assert.equal(folder .. "/000005-step-25", qm.checkpoints.latest(folder))
+      assert.same({ "000004-step-15", "000005-step-25" }, files.list(folder))
+    end)
+  end)
+
+  it("removes what a killed run left half written, and never loads it", function()
+    with_folder(function(folder)
+      local run = new_run({ kind = "dense" })
+      run:save(folder, 1)
+      files.make_folder(folder .. "/partial-000002-step-2")
+      files.write(folder .. "/partial-000002-step-2/model.safetensors", "half")
+      assert.equal(1, run:load(folder).step)
+      run:save(folder, 3)
+      assert.same({ "000001-step-1", "000002-step-3" }, files.list(folder))
+    end)
+  end)
+
+  it("leaves a loadable checkpoint when killed while writing", function()
+    with_folder(function(folder)
+      local child = folder .. "-child.lua"
+      files.write(child, ([[
+        package.path = "./lua/?.lua;./lua/?/init.lua;" .. package.path
+        local qm = require("quartermoon")
+        local config = { vocab_size = 4096, hidden_size = 256, intermediate_size = 512, num_hidden_layers = 1,
+          num_attention_heads = 4, max_position_embeddings = 16 }
+        local model = qm.models.llama.new(config, { dtype = "f32", linear = { kind = "dense" } })
+        for step = 1, 10000 do
+          for _, param in ipairs(model:parameters()) do param:fill(step) end
+          qm.checkpoints.save(%q, { step = step, model = model, keep = 2 })
+        end]]):format(folder))
+      for attempt = 1, 6 do
+        local delay = 0.15 + 0.25 * math.random()
+        os.execute(("timeout -s KILL %.3f luajit %s 2>/dev/null"):format(delay, child))
+        local newest = qm.checkpoints.latest(folder)
+        if newest then -- the first attempts may be killed before their first checkpoint is whole
+          for _, found in ipairs(qm.checkpoints.list(folder)) do
+            qm.safetensors.with(found.path .. "/model.safetensors", function(file)
+              assert.is_true(#file:names() > 10)
+              for _, name in ipairs(file:names()) do
+                local tensor = file:tensor(name, "cpu")
+                local values = tensor:view_as("spec", { tensor:count() })
+                assert.equal(found.step, values:min():item(), name .. " of attempt " .. attempt)
+                assert.equal(found.step, values:max():item(), name .. " of attempt " .. attempt)
+              end
+            end)
+          end
+        end
+      end
+      os.remove(child)
+      assert.is_truthy(qm.checkpoints.latest(folder))
+    end)
+  end)
+
+  it("says what does not fit, and changes nothing then", function()
+    with_folder(function(folder)
+      local run = new_run({ kind = "dense" })
+      assert.error_matches(function() run:load(folder) end, "there is no checkpoint", 1, true)
+      local path = run:save(folder, 1)
+      local config = {}
+      for key, value in pairs(CONFIG) do config[key] = value end
+      config.intermediate_size = 96
+      local other = qm.models.llama.new(config, { dtype = "f32", linear = { kind = "dense" } })
+      local before = other.model.embed_tokens.weight:bytes()
+      assert.error_matches(function() qm.checkpoints.load(path, { model = other }) end,
+        "is f32 %[.*%] there, expected f32 %[")
+      assert.equal(before, other.model.embed_tokens.weight:bytes())
+      files.write(path .. "/state.json", '{"format": 1, "step": -3}')
+      assert.error_matches(function() run:load(path) end, "argument 'step': expected an integer of at least 0", 1, true)
+      files.write(path .. "/state.json", '{"format": 1, "st')
+      assert.error_matches(function() run:load(path) end, "state.json", 1, true)
+    end)
+  end)
+end)
