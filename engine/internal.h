@@ -151,7 +151,8 @@ int32_t qm__profile_book(const char *kernel, double started, int32_t status);
 
 /* ---- safetensors.c, safetensors_writer.c ---- */
 
-/* A file's element types, as its header names them; dtype -1 where no tensor of ours can hold it. */
+/* A file's element types, as its header names them; dtype -1 where no tensor of ours can hold it.
+** */
 typedef struct qm__file_type {
   const char *name;
   int32_t dtype;

@@ -21,9 +21,9 @@ typedef struct qm_adam_numbers {
 
 static inline qm_adam_numbers qm_adam_prepare(const qm_adam *adam) {
   const double step = (double)adam->step;
-  const double correction = adam->correct_bias == 0 ? 1.0
-                                                    : sqrt(1.0 - pow(adam->beta2, step)) /
-                                                          (1.0 - pow(adam->beta1, step));
+  const double correction =
+      adam->correct_bias == 0 ? 1.0
+                              : sqrt(1.0 - pow(adam->beta2, step)) / (1.0 - pow(adam->beta1, step));
   const qm_adam_numbers numbers = {
       .beta1 = (float)adam->beta1,
       .rest1 = (float)(1.0 - adam->beta1),

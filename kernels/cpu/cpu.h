@@ -11,10 +11,10 @@
 
 typedef struct qm_cpu_context {
   int32_t threads;
-  int32_t bf16;             /* oneDNN multiplies bf16 natively here */
-  const char *level;        /* "base", "v3", "v4" */
+  int32_t bf16;              /* oneDNN multiplies bf16 natively here */
+  const char *level;         /* "base", "v3", "v4" */
   const qm_kernels *kernels; /* the device's own table, for kernels made of others */
-  struct qm_cpu_gemm *gemm; /* oneDNN's engine, stream and primitive cache; see gemm.c */
+  struct qm_cpu_gemm *gemm;  /* oneDNN's engine, stream and primitive cache; see gemm.c */
 } qm_cpu_context;
 
 /* Kernels of one level, written over a copy of the reference's table. */

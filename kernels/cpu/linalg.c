@@ -25,7 +25,8 @@ static int32_t refuse(const char *function, lapack_int info) {
                                  (int)info);
 }
 
-/* a = u s vt, so a^T = vt^T s u^T: what LAPACK calls u is our vt, by rows, and the other way round. */
+/* a = u s vt, so a^T = vt^T s u^T: what LAPACK calls u is our vt, by rows, and the other way
+** round. */
 int32_t qm_cpu_svd(void *context, const qm_svd_args *args) {
   (void)context;
   const int32_t status = check(&args->a);

@@ -1,6 +1,7 @@
 /* adam.c - AdamW on a dense parameter, and Adam's direction alone.
 ** Source: Kingma and Ba, arXiv 1412.6980; Loshchilov and Hutter, arXiv 1711.05101. */
 #include "adam.h"
+
 #include "reference.h"
 
 /* Store a state: bf16 goes up or down with the probability that keeps its expected value, for

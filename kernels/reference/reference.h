@@ -16,7 +16,8 @@ extern const qm_host *qm_reference_host;
 /* The complete table; the CPU's begins as its copy. */
 extern const qm_kernels qm_reference_kernels;
 
-/* Values that lie in device memory, checked by host backends before they index with them: offsets of
+/* Values that lie in device memory, checked by host backends before they index with them: offsets
+** of
 ** packed sequences ascend from 0 to rows, targets are classes, positions stand in the table. */
 int32_t qm_reference_check_offsets(const char *name, const qm_array *offsets, int64_t rows);
 int32_t qm_reference_check_finite(const char *name, const qm_array *x);

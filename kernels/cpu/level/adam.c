@@ -5,6 +5,7 @@
 **            states move less but draw Philox words, ten rounds for four elements of each state.
 */
 #include "adam.h"
+
 #include "noise.h"
 #include "vector.h"
 

@@ -1,6 +1,8 @@
-/* attention.h - what attention's two passes share: which keys a row sees, tiles of f32, their product.
+/* attention.h - what attention's two passes share: which keys a row sees, tiles of f32, their
+** product.
 **
-** The query heads of one key head are stacked: row i * group + g of a sequence is query i under head g
+** The query heads of one key head are stacked: row i * group + g of a sequence is query i under
+** head g
 ** of the group, so that a decoding step still has `group` rows to multiply with.
 */
 #ifndef QM_CPU_ATTENTION_H

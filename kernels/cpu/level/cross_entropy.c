@@ -1,7 +1,8 @@
 /* cross_entropy.c - softmax, negative log-likelihood and their gradient, a row per thread.
 **
 ** Reference: kernels/reference/cross_entropy.c, within the rounding of exp and of f32 sums.
-** Cost:      two passes over a row; the second, for the gradient, finds it in the second-level cache
+** Cost:      two passes over a row; the second, for the gradient, finds it in the second-level
+** cache
 **            (128k columns of bf16 are 256 KiB). Two exps an element: cheaper than storing one.
 */
 #include "vector.h"

@@ -18,7 +18,8 @@ static inline void qm_noise_blocks(uint32_t *restrict out, const qm_noise *noise
   }
 }
 
-/* out[i] = qm_bits(noise, start + i) for i < count. Any start will do; multiples of 4 are fastest. */
+/* out[i] = qm_bits(noise, start + i) for i < count. Any start will do; multiples of 4 are fastest.
+** */
 static inline void qm_noise_words(uint32_t *restrict out, const qm_noise *noise, uint64_t start,
                                   int64_t count) {
   int64_t i = 0;

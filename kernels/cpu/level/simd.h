@@ -93,7 +93,8 @@ QM_ALWAYS_INLINE qm_vec qm_vec_exp2(qm_vec x) {
   return (qm_vec)((qm_ivec)p + ((qm_ivec)shifted << 23));
 }
 
-/* out's row i = x's column i, QM_LANES of each: log2(QM_LANES) rounds of interleaving row i with row
+/* out's row i = x's column i, QM_LANES of each: log2(QM_LANES) rounds of interleaving row i with
+** row
 ** i + QM_LANES / 2. */
 QM_ALWAYS_INLINE void qm_vec_transpose(const float *x, int64_t x_stride, float *out,
                                        int64_t out_stride) {
