@@ -41,7 +41,7 @@ static qm_mpq_grid fit(const qm_mpq_fit_args *args, int64_t g, int64_t n) {
   const int32_t dtype = q->scales.dtype;
   const int32_t tries = args->method == QM_FIT_MSE ? QM_MPQ_FIT_TRIES : 1;
   qm_mpq_grid best = {0};
-  double least = INFINITY;
+  double least = HUGE_VAL;
   for (int32_t i = 0; i < tries; i++) {
     const qm_mpq_grid grid =
         qm_mpq_grid_scaled(lo, hi, qm_mpq_fit_factor(args->range, i), q->w_bit, q->asym, dtype);
