@@ -61,8 +61,7 @@ int32_t qm_folder_rename(const char *from, const char *to) {
   if (from == NULL || to == NULL) return qm__fail(QM_E_ARGUMENT, "qm_folder_rename: NULL");
   struct stat found;
   if (lstat(to, &found) == 0) return qm__fail(QM_E_IO, "%s: is there already", to);
-  if (rename(from, to) != 0)
-    return qm__fail(QM_E_IO, "%s to %s: %s", from, to, strerror(errno));
+  if (rename(from, to) != 0) return qm__fail(QM_E_IO, "%s to %s: %s", from, to, strerror(errno));
   return qm__sync_parent(to);
 }
 

@@ -350,7 +350,7 @@ void qm_file_release(qm_file *file);
 
 /* Folders, for checkpoints. Create: parents too; one that is there already is fine. */
 int32_t qm_folder_create(const char *path);
-/* Names in a folder but "." and "..", in no order, each with its NUL, as far as they fit into names;
+/* Names in a folder but "." and "..", in no order, each with its NUL, as far as they fit in names;
 ** *needed_bytes is what all of them take. */
 int32_t qm_folder_list(const char *path, char *names, int64_t size_bytes, int64_t *needed_bytes);
 /* Give a folder (or file) another name, which must not be taken, and sync: atomic. */

@@ -69,7 +69,8 @@ describe("the C ABI", function()
       lines[#lines + 1] = ('printf("%s %%zu\\n", sizeof(%s));'):format(struct.name, struct.name)
       expected[#expected + 1] = ("%s %d"):format(struct.name, ffi.sizeof(struct.name))
       for _, field in ipairs(struct.fields) do
-        lines[#lines + 1] = ('printf("%s.%s %%zu\\n", offsetof(%s, %s));'):format(struct.name, field, struct.name, field)
+        lines[#lines + 1] = ('printf("%s.%s %%zu\\n", offsetof(%s, %s));'):format(struct.name, field, struct.name,
+          field)
         expected[#expected + 1] = ("%s.%s %d"):format(struct.name, field, ffi.offsetof(struct.name, field))
       end
     end

@@ -18,6 +18,7 @@ function M.describe(value)
   return "a " .. kind
 end
 
+---Raise "name: argument 'argument': expected ..., got ...".
 function M.fail(name, argument, expected, got)
   raise(("%s: argument '%s': expected %s, got %s"):format(name, argument, expected, M.describe(got)))
 end
@@ -50,6 +51,7 @@ function M.number(name, argument, value, min, max)
   return value
 end
 
+---The same for whole numbers.
 function M.integer(name, argument, value, min, max)
   if type(value) ~= "number" or value % 1 ~= 0 or (min and value < min) or (max and value > max) then
     local range = min and max and (" from %s to %s"):format(min, max) or min and (" of at least " .. min)
@@ -59,6 +61,7 @@ function M.integer(name, argument, value, min, max)
   return value
 end
 
+---A value of this Lua type.
 function M.type(name, argument, value, kind)
   if type(value) ~= kind then
     M.fail(name, argument, (kind:match("^[aeiou]") and "an " or "a ") .. kind, value)

@@ -63,7 +63,9 @@ function Generator:number()
   return value
 end
 
+---Uniform in [low, high), from the default generator: see Generator:rand.
 function M.rand(shape, options, low, high) return M.default:rand(shape, options, low, high) end
+---Normal, from the default generator: see Generator:randn.
 function M.randn(shape, options, mean, deviation) return M.default:randn(shape, options, mean, deviation) end
 
 M.Generator = Generator

@@ -21,6 +21,7 @@ function M.shape(name, a, b)
   return shape
 end
 
+---Do two lists of extents agree?
 function M.same_shape(a, b)
   if #a ~= #b then return false end
   for i = 1, #a do

@@ -7,6 +7,7 @@ Byte.__index, Byte.__tostring = Byte, Base.describe
 
 local M = {}
 
+---A byte tokenizer with these special tokens after the 256 bytes.
 function M.new(name, specials)
   local self = setmetatable({ kind = "byte", strings = {} }, Byte)
   Base.setup(self, name, 256, specials)
