@@ -40,16 +40,16 @@ static inline float qm_from_f16(uint16_t x) {
   const uint32_t special = 0x7F800000u | ((rest & 0x3FFu) << 13);
   return qm_bits_float(sign | (rest >= 0x7C00u ? special : qm_float_bits(finite)));
 }
+/* Branch-free, so that loops over it vectorize. */
 static inline uint16_t qm_to_f16(float x) {
   const uint32_t bits = qm_float_bits(x), sign = (bits >> 16) & 0x8000u, rest = bits & 0x7FFFFFFFu;
-  if (rest > 0x7F800000u) return (uint16_t)(sign | 0x7E00u);
-  if (rest >= 0x47800000u) return (uint16_t)(sign | 0x7C00u); /* 2^16 and up */
-  if (rest < 0x38800000u) { /* below 2^-14: let the adder round to a multiple of 2^-24 */
-    const float shifted = qm_bits_float(rest) + 0.5f;
-    return (uint16_t)(sign | (qm_float_bits(shifted) - 0x3F000000u));
-  }
-  const uint32_t rounded = rest + 0xFFFu + ((rest >> 13) & 1u);
-  return (uint16_t)(sign | ((rounded - 0x38000000u) >> 13)); /* may carry into infinity, rightly */
+  /* Below 2^-14 let the adder round to a multiple of 2^-24. */
+  const uint32_t subnormal = qm_float_bits(qm_bits_float(rest) + 0.5f) - 0x3F000000u;
+  /* May carry into infinity, rightly. */
+  const uint32_t normal = (rest + 0xFFFu + ((rest >> 13) & 1u) - 0x38000000u) >> 13;
+  const uint32_t finite = rest < 0x38800000u ? subnormal : normal;
+  const uint32_t special = rest > 0x7F800000u ? 0x7E00u : 0x7C00u;
+  return (uint16_t)(sign | (rest >= 0x47800000u ? special : finite)); /* 2^16 and up */
 }
 
 /* Bytes of one element of any type. */

@@ -2,14 +2,20 @@
 #include "cpu/cpu.h"
 
 void QM_CPU(level)(qm_kernels *kernels) {
+  kernels->accumulate = QM_CPU(accumulate);
   kernels->adamw = QM_CPU(adamw);
   kernels->adam_direction = QM_CPU(adam_direction);
   kernels->attention = QM_CPU(attention);
   kernels->attention_backward = QM_CPU(attention_backward);
+  kernels->binary = QM_CPU(binary);
+  kernels->copy = QM_CPU(copy);
+  kernels->fill = QM_CPU(fill);
+  kernels->gather = QM_CPU(gather);
   kernels->rms_norm = QM_CPU(rms_norm);
   kernels->rms_norm_backward = QM_CPU(rms_norm_backward);
   kernels->rope = QM_CPU(rope);
   kernels->cross_entropy = QM_CPU(cross_entropy);
+  kernels->scatter_add = QM_CPU(scatter_add);
   kernels->swiglu = QM_CPU(swiglu);
   kernels->swiglu_backward = QM_CPU(swiglu_backward);
 }

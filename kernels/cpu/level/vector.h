@@ -38,6 +38,20 @@ static inline void qm_narrow(const float *restrict x, void *data, int32_t dtype,
   }
 }
 
+/* The elements of a float array as f32: where they lie, or expanded into the buffer. */
+static inline const float *qm_floats(const qm_array *x, int64_t i, int64_t n, float *buffer) {
+  if (x->dtype == QM_F32) return (const float *)x->data + i;
+  qm_expand(buffer, x->data, x->dtype, i, n);
+  return buffer;
+}
+/* Where to put f32 results for a float array: in place, or the buffer, which qm_stored narrows. */
+static inline float *qm_target(const qm_array *out, int64_t i, float *buffer) {
+  return out->dtype == QM_F32 ? (float *)out->data + i : buffer;
+}
+static inline void qm_stored(const qm_array *out, int64_t i, int64_t n, const float *buffer) {
+  if (out->dtype != QM_F32) qm_narrow(buffer, out->data, out->dtype, i, n);
+}
+
 /* exp to 2 ulp over the range where it is a normal number, 0 below and infinity above it.
 ** exp(x) = 2^n exp(r), |r| <= ln 2 / 2, by a degree-6 polynomial (Cephes' expf). */
 static inline float qm_expf(float x) {
