@@ -20,13 +20,6 @@ local M = {}
 local FORMAT = 1
 local SCALARS = { "w_bit", "group_size", "asym", "layer_type", "residual_bits" }
 
----A parameter's tensors under the names that a checkpoint gives them.
-local function add_parts(tensors, entry)
-  for _, part in ipairs(module.parts(entry.param)) do
-    tensors[part.field == "" and entry.name or entry.name .. "." .. part.field] = part.tensor
-  end
-end
-
 ---What a quantized parameter is besides its tensors.
 local function scalars_of(param)
   local scalars = {}
@@ -38,7 +31,7 @@ local function save_model(folder, model, state)
   local tensors = {}
   state.quantized = {}
   for _, entry in ipairs(model:named_parameters()) do
-    add_parts(tensors, entry)
+    for _, part in ipairs(module.parts(entry)) do tensors[part.name] = part.tensor end
     if module.is_quantized(entry.param) then state.quantized[entry.name] = scalars_of(entry.param) end
   end
   safetensors.save(folder .. "/model.safetensors", tensors)
@@ -145,7 +138,7 @@ local function load_model(name, path, model, state)
       if module.is_quantized(entry.param) then
         match_quantized(name, entry, (state.quantized or {})[entry.name], file)
       end
-      add_parts(wanted, entry)
+      for _, part in ipairs(module.parts(entry)) do wanted[part.name] = part.tensor end
     end
     -- First look whether all is there, then overwrite: a mismatch must not leave half a model.
     for key, tensor in pairs(wanted) do

@@ -237,7 +237,7 @@ end
 ---Drop every gradient.
 function Optim:zero_grad()
   self.norm, self.scale = nil, 1
-  for _, slot in ipairs(self.slots) do module.zero_grad(slot.param) end
+  for _, slot in ipairs(self.slots) do slot.param:zero_grad() end
 end
 
 ---How the codes of the quantized parameters moved so far, shares of all code updates. Waits.

@@ -268,6 +268,9 @@ function QParam.quantize(w, options) return require("quartermoon.qparam_quantize
 ---Undo double quantization; see qparam_quantize.lua. @return qm.QParam self
 function QParam:prepare() return require("quartermoon.qparam_quantize").prepare(self) end
 
+---Give it memory for what its codes lose, empty at first; see qparam_quantize.lua. @return qm.QParam self
+function QParam:add_residual(bits) return require("quartermoon.qparam_quantize").add_residual(self, bits) end
+
 ---One update step in place; see qparam_update.lua.
 function QParam.update(q, options) return require("quartermoon.qparam_update").update(q, options) end
 

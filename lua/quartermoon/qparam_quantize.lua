@@ -60,6 +60,23 @@ function M.quantize(w, options)
   return q:fit(w, o.method, o.range):pack(w)
 end
 
+-- A word of residuals that are all 0: each is stored as r + 2^(bits - 1).
+local NO_RESIDUAL = { [4] = -0x77777778, [8] = -0x7f7f7f80 }
+
+---Give a parameter a residual, as feedback = "residual" needs; so far its codes have lost nothing.
+---@param bits integer|nil  4 or 8, default 8
+---@return qm.QParam self
+---@raise when it has one already
+function M.add_residual(self, bits)
+  local name = "add_residual"
+  bits = check.one_of(name, "bits", bits or 8, { 4, 8 })
+  if self.residual then check.fail(name, "q", "a parameter without a residual", self) end
+  self.residual = tensors.full({ self.shape[1] * bits / 32, self.shape[2] }, NO_RESIDUAL[bits],
+    { dtype = "i32", device = self.data.device }):keep()
+  self.residual_bits = bits
+  return self
+end
+
 -- Raw double-quantization tensors: gone after prepare().
 local RAW = { "qstatistic", "qscales", "qscales_zeros", "qscales_scales", "qzeros_zeros", "qzeros_scales" }
 

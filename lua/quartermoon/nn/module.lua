@@ -84,14 +84,7 @@ end
 
 ---Drop every gradient.
 function Module:zero_grad()
-  for _, param in ipairs(self:parameters()) do M.zero_grad(param) end
-end
-
----Drop one parameter's gradient.
-function M.zero_grad(param)
-  if not is_quantized(param) then return param:zero_grad() end
-  if param.privileged_grad then param.privileged_grad:free() end
-  param.privileged_grad = nil
+  for _, param in ipairs(self:parameters()) do param:zero_grad() end
 end
 
 ---Weights of one parameter: those of the dense matrix, for a quantized one.
@@ -100,24 +93,15 @@ function M.parameter_count(param)
   return param:count()
 end
 
-local QUANTIZED_FIELDS = { "data", "scales", "zeros", "g_idx", "q_perm", "residual" }
-
----The tensors that a parameter is stored in: { field =, tensor = } in a fixed order.
-function M.parts(param)
-  if not is_quantized(param) then return { { field = "", tensor = param } } end
+---The tensors that a parameter is stored in, by their path: { name =, tensor = } in a fixed order.
+---@param entry { name: string, param: qm.Tensor|qm.QParam }
+function M.parts(entry)
+  if not is_quantized(entry.param) then return { { name = entry.name, tensor = entry.param } } end
   local parts = {}
-  for _, field in ipairs(QUANTIZED_FIELDS) do
-    local tensor = rawget(param, field)
-    if check.is_tensor(tensor) then parts[#parts + 1] = { field = field, tensor = tensor } end
+  for i, part in ipairs(entry.param:tensors()) do
+    parts[i] = { name = entry.name .. "." .. part.name, tensor = part.tensor }
   end
   return parts
-end
-
----Bytes that one parameter takes up, without gradient and optimizer state.
-function M.parameter_bytes(param)
-  local size_bytes = 0
-  for _, part in ipairs(M.parts(param)) do size_bytes = size_bytes + part.tensor:size_bytes() end
-  return size_bytes
 end
 
 ---How many weights this module has; a shared parameter counts once.
@@ -130,7 +114,7 @@ end
 ---Bytes that the weights take up: codes, scales, zeros, residuals, dense tensors.
 function Module:weight_bytes()
   local size_bytes = 0
-  for _, param in ipairs(self:parameters()) do size_bytes = size_bytes + M.parameter_bytes(param) end
+  for _, param in ipairs(self:parameters()) do size_bytes = size_bytes + param:size_bytes() end
   return size_bytes
 end
 
@@ -140,7 +124,7 @@ function Module:bits_per_weight()
   local count, size_bytes = 0, 0
   for _, param in ipairs(self:parameters()) do
     if is_quantized(param) then
-      count, size_bytes = count + M.parameter_count(param), size_bytes + M.parameter_bytes(param)
+      count, size_bytes = count + M.parameter_count(param), size_bytes + param:size_bytes()
     end
   end
   return count > 0 and 8 * size_bytes / count or nil, 8 * self:weight_bytes() / self:parameter_count()
@@ -149,8 +133,8 @@ end
 ---Release every parameter.
 function Module:free()
   for _, param in ipairs(self:parameters()) do
-    M.zero_grad(param)
-    for _, part in ipairs(M.parts(param)) do part.tensor:free() end
+    param:zero_grad()
+    param:free()
   end
 end
 
@@ -159,17 +143,37 @@ function Module:forward() raise(self.class_name .. ": this class has no forward"
 ---What a leaf prints between its parentheses; classes override it.
 function Module.summary() return "" end
 
-local function lines_of(module, name, indent, lines)
-  lines[#lines + 1] = ("%s%s%s(%s)"):format(indent, name and name .. ": " or "", module.class_name, module:summary())
-  for _, member in ipairs(module.members) do
-    if is_module(module[member]) then lines_of(module[member], member, indent .. "  ", lines) end
+local lines_of
+
+---The lines of a module's members. Of a list, members that print alike print once.
+local function member_lines(module, indent, lines)
+  local is_list = getmetatable(module) == M.List
+  local last_text, first_name, at
+  for _, name in ipairs(module.members) do
+    local member = module[name]
+    if is_module(member) then
+      local own = lines_of(member, indent, {})
+      local text = table.concat(own, "\n")
+      if is_list and text == last_text then
+        lines[at] = ("%s%s - %s: %s"):format(indent, first_name, name, own[1])
+      else
+        last_text, first_name, at = text, name, #lines + 1
+        lines[at] = ("%s%s: %s"):format(indent, name, own[1])
+        for i = 2, #own do lines[#lines + 1] = own[i] end
+      end
+    end
   end
   return lines
 end
 
+function lines_of(module, indent, lines)
+  lines[1] = ("%s(%s)"):format(module.class_name, module:summary())
+  return member_lines(module, indent .. "  ", lines)
+end
+
 ---The tree, with weights and bytes of the whole.
 function Module:__tostring()
-  local lines = lines_of(self, nil, "", {})
+  local lines = lines_of(self, "", {})
   lines[1] = ("%s: %d weights, %.1f MiB"):format(lines[1], self:parameter_count(), self:weight_bytes() / 2 ^ 20)
   return table.concat(lines, "\n")
 end

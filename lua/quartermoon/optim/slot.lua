@@ -29,6 +29,7 @@ function Slot.new(param, name, id, options)
   -- Norms and biases are not decayed: pulling a gain towards 0 is no regularisation.
   self.weight_decay = (self.quantized or #param.shape > 1) and options.weight_decay or 0
   if self.quantized then
+    param.id = id
     self.feedback = feedback_of(param, options)
     self.rounding = options.mode == "bie" and "nearest" or options.rounding
     self.totals, self.moved_before = { elements = 0, moved = 0, clipped = 0, non_finite = 0 }, 0
@@ -91,21 +92,16 @@ end
 
 local function step_quantized(self, grad, adam)
   ensure_quantized(self)
-  local options = adam
-  options.mode, options.rounding, options.feedback = self.options.mode, self.rounding, self.feedback
-  options.health = self.health
-  if self.projector then
-    options.direction = projected_direction(self, grad, adam)
-  else
-    ensure_moments(self, grad)
-    options.exp_avg_l, options.exp_avg_s, options.grad = self.exp_avg, self.exp_avg_sq, grad
-  end
-  qm.QParam.update(self.param, options)
-  if options.direction then options.direction:free() end
-  if self.options.grid == "refit" and self.steps % self.options.refit_every == 0 then
-    self.param:refit({ method = self.options.refit_method, seed = self.options.seed, parameter = self.id,
-      step = self.steps })
-  end
+  local options, own = self.options, self.options.mode == "own"
+  local low = self.projector and self.projector:project(grad, self.steps - 1) or grad
+  ensure_moments(self, low)
+  qm.QParam.update(self.param, { step = self.steps - 1, exp_avg_l = self.exp_avg, exp_avg_s = self.exp_avg_sq,
+    grad = low, projector = self.projector, lr = adam.lr, lr_next = adam.lr_next, beta1 = adam.beta1,
+    beta2 = adam.beta2, eps = adam.eps, weight_decay = adam.weight_decay, correct_bias = adam.correct_bias,
+    grad_scale = adam.grad_scale, seed = adam.seed, mode = options.mode, rounding = self.rounding,
+    feedback = self.feedback, grid = options.grid, refit_every = options.refit_every,
+    refit_method = options.refit_method, health = own and self.health or nil })
+  if low ~= grad then low:free() end
 end
 
 ---Take one step with the gradient that is there.
