@@ -7,6 +7,23 @@
 */
 #include "vector.h"
 
+/* exp(x) for x <= 0, to 2 ulp plus the rounding of x / ln 2; 0 below -87. Two thirds of the work of
+** qm_expf. exp(x) = 2^n 2^f, |f| <= 1/2, and 2^f is the polynomial of degree 5 with the least relative
+** error, 7.5e-8 (Remez). */
+static inline float exp_below(float x) {
+  const float scaled = x * 1.44269504088896341f;
+  const float t = scaled < -126.0f ? -126.0f : scaled; /* NaN stays */
+  const float n = __builtin_rintf(t), f = t - n;
+  float p = 0.00132764724f;
+  p = QM_FMA(p, f, 0.00967554096f);
+  p = QM_FMA(p, f, 0.0555071309f);
+  p = QM_FMA(p, f, 0.240221202f);
+  p = QM_FMA(p, f, 0.693146944f);
+  p = QM_FMA(p, f, 1.0f);
+  const float power = qm_bits_float((uint32_t)((int32_t)n + 127) << 23);
+  return scaled < -126.0f ? 0.0f : p * power;
+}
+
 typedef struct statistics {
   float most; /* the row's largest logit, -inf for a row of those */
   double sum; /* of exp(x - most) */
@@ -26,7 +43,7 @@ static statistics row_statistics(const void *logits, int32_t dtype, int64_t row,
     const float shift = most == -INFINITY ? 0.0f : most;
     float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
-    for (int64_t j = 0; j < n; j++) sum += qm_expf(x[j] - shift);
+    for (int64_t j = 0; j < n; j++) sum += exp_below(x[j] - shift);
     s.sum = s.sum * (double)qm_expf(s.most - shift) + (double)sum;
     s.most = most;
   }
@@ -41,7 +58,7 @@ static void row_gradient(const qm_cross_entropy_args *args, int64_t row, int64_t
   for (int64_t i = 0; i < args->columns; i += QM_BLOCK) {
     const int64_t n = QM_MIN(QM_BLOCK, args->columns - i);
     qm_expand(x, args->logits.data, args->logits.dtype, row + i, n);
-    for (int64_t j = 0; j < n; j++) x[j] = factor * qm_expf(x[j] - most);
+    for (int64_t j = 0; j < n; j++) x[j] = factor * exp_below(x[j] - most);
     if (target >= i && target < i + n) x[target - i] -= scale;
     qm_narrow(x, args->dlogits.data, args->logits.dtype, row + i, n);
   }
