@@ -288,6 +288,8 @@ describe("qm.QParam.update", function()
     q.privileged_grad = qm.randn({ 64, 32 })
     local m, v = qm.zeros({ 32, 32 }), qm.zeros({ 32, 32 })
     local before = q:unpack():totable()
+    collectgarbage()
+    collectgarbage()
     local live = q.data.device:memory().live_bytes
     local step = qm.QParam.update(q, { step = 0, lr = 3, exp_avg_l = m, exp_avg_s = v, projector = projector })
     assert.equal(1, step)

@@ -62,6 +62,8 @@ describe("qm.qlinear", function()
   it("keeps no dense weight between passes", function()
     local q = parameter(64, 64):to(testing.device)
     local x, device = qm.randn({ 2, 64 }), q.data.device
+    collectgarbage()
+    collectgarbage()
     local before = device:memory().live_bytes
     local out = qm.qlinear(x, q)
     assert.equal(before + 2 * 64 * 4, device:memory().live_bytes)

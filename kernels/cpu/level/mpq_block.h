@@ -1,0 +1,60 @@
+/* mpq_block.h - blocks of columns of a quantized parameter, for loops that the compiler vectorizes.
+**
+** A kernel walks 32 packed rows at a time (whole words at every width) over a block of columns, whose
+** scales and zeros it holds in f32 and reloads where the group changes. */
+#ifndef QM_CPU_MPQ_BLOCK_H
+#define QM_CPU_MPQ_BLOCK_H
+
+#include "mpq.h"
+#include "vector.h"
+
+/* Columns of a block: 4 KiB of f32, one page of each operand's row. A multiple of 32, so that packed
+** zero points begin at a word. */
+enum { QM_MPQ_COLUMNS = 1024, QM_MPQ_ROWS = 32 };
+/* Below this many elements a team of threads costs more than it brings. */
+enum { QM_MPQ_SERIAL_MAX = 1 << 14 };
+
+typedef struct qm_mpq_block {
+  int64_t first, count; /* columns */
+  int64_t group;        /* whose scales and zeros these are; -1: none yet */
+  float scale[QM_MPQ_COLUMNS], zero[QM_MPQ_COLUMNS];
+} qm_mpq_block;
+
+static inline void qm_mpq_expand_zero_points(float *restrict out, const qm_mpq_view *q, int64_t g,
+                                             int64_t first, int64_t count) {
+  const int32_t bits = q->w_bit, per_word = 32 / bits;
+  const uint32_t mask = qm_mpq_mask(bits);
+  const uint32_t *words = (const uint32_t *)q->zeros.data + (g * q->n + first) / per_word;
+  for (int64_t word = 0; word < count / per_word; word++)
+    for (int32_t i = 0; i < per_word; i++)
+      out[word * per_word + i] = (float)(int32_t)((words[word] >> (bits * i) & mask) + 1u);
+}
+
+/* Scales and zeros of group g; true where they were not there already. */
+static inline int qm_mpq_enter_group(qm_mpq_block *block, const qm_mpq_view *q, int64_t g) {
+  if (block->group == g) return 0;
+  block->group = g;
+  const int64_t at = g * q->n + block->first;
+  qm_expand(block->scale, q->scales.data, q->scales.dtype, at, block->count);
+  if (q->asym)
+    qm_mpq_expand_zero_points(block->zero, q, g, block->first, block->count);
+  else
+    qm_expand(block->zero, q->zeros.data, q->zeros.dtype, at, block->count);
+  return 1;
+}
+
+/* The words that hold packed row p's fields of `bits`, from the block's first column on. */
+static inline uint32_t *qm_mpq_words(void *words, int32_t bits, const qm_mpq_view *q,
+                                     const qm_mpq_block *block, int64_t p) {
+  return (uint32_t *)words + p / (32 / bits) * q->n + block->first;
+}
+
+/* floor and round for |x| < 2^22 without the instruction that old levels lack: adding 1.5 * 2^23
+** rounds to an integer, halves to even. */
+static inline float qm_mpq_rint(float x) { return (x + 12582912.0f) - 12582912.0f; }
+static inline float qm_mpq_floor(float x) {
+  const float rounded = qm_mpq_rint(x);
+  return rounded > x ? rounded - 1.0f : rounded;
+}
+
+#endif
