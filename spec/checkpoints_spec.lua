@@ -67,6 +67,9 @@ local KINDS = {
   ["4 bit"] = { { group_size = 32 }, { lr = 1e-2 } },
   ["2 bit, residual, bf16 moments"] = { { w_bit = 2, group_size = 32 }, { lr = 1e-2, moments = "bf16" } },
   ["8 bit, refitted"] = { { w_bit = 8, group_size = 32 }, { lr = 1e-2, grid = "refit", refit_every = 7 } },
+  ["4 bit, projected"] = { { group_size = 32 }, { lr = 1e-2, projector = function(param)
+    return #param.shape == 2 and qm.projector.galore({ rank = 4, update_proj_gap = 7 }) or nil
+  end } },
   ["dense, bf16 moments"] = { { kind = "dense" }, { lr = 1e-2, moments = "bf16", seed = 4 } },
 }
 

@@ -16,7 +16,7 @@ describe("qm.schedule", function()
   it("cosine falls along half a wave to a fraction of its peak", function()
     local quarter = 0.5 * (1 + math.sqrt(0.5)) -- of the way: (1 + cos 45 degrees) / 2
     is(schedule.cosine(2, 4), { [1] = 2, [2] = 2 * quarter, [3] = 1, [5] = 0, [99] = 0 })
-    is(schedule.cosine(2, 4, { final = 0.5 }), { [1] = 2, [3] = 1.5, [5] = 1 })
+    is(schedule.cosine(2, 4, 0.5), { [1] = 2, [3] = 1.5, [5] = 1 })
   end)
 
   it("one_cycle rises and falls", function()
@@ -58,7 +58,7 @@ describe("qm.schedule", function()
 
   it("refuses what makes no sense", function()
     assert.error_matches(function() schedule.cosine(1, 0) end, "'steps': expected an integer of at least 1", 1, true)
-    assert.error_matches(function() schedule.cosine(1, 9, { finale = 1 }) end, "did you mean 'final'", 1, true)
+    assert.error_matches(function() schedule.one_cycle(1, 9, { finale = 1 }) end, "did you mean 'final'", 1, true)
     assert.error_matches(function() schedule.wsd(1, 10, { warmup = 8, decay = 4 }) end,
       "'decay': expected at most the 2 steps", 1, true)
   end)

@@ -1,7 +1,7 @@
 ---Learning-rate schedules. A schedule is a function from the step (from 1) to the learning rate, with
 ---no state: a resumed run needs nothing but its step. Any function of your own will do:
 ---
----    local lr = qm.schedule.warmup(100, qm.schedule.cosine(1e-3, 2000, { final = 0.02 }))
+---    local lr = qm.schedule.warmup(100, qm.schedule.cosine(1e-3, 2000, 0.02))
 ---    local mine = function(step) return 1e-3 / math.sqrt(step) end
 ---
 ---A decaying schedule starts at its peak in step 1, would reach its final value in the step after its
@@ -60,12 +60,12 @@ local function half_wave(p) return 0.5 * (1 + math.cos(math.pi * p)) end
 ---From `peak` to `final * peak` along half a cosine wave. Source: arXiv 1608.03983, without restarts.
 ---@param peak number
 ---@param steps integer
----@param options table|nil  { final = 0 (a fraction of the peak) }
-function M.cosine(peak, steps, options)
+---@param final number|nil  a fraction of the peak, default 0
+function M.cosine(peak, steps, final)
   local name = "qm.schedule.cosine"
   check.number(name, "peak", peak, 0)
   check.integer(name, "steps", steps, 1)
-  local final = check.number(name, "final", check.options(name, options, { final = 0 }).final, 0)
+  final = check.number(name, "final", final or 0, 0)
   return function(step) return peak * (final + (1 - final) * half_wave(progress(step, steps))) end
 end
 
