@@ -2,6 +2,13 @@
 #include <omp.h>
 #include <stdio.h>
 #include <stdlib.h>
+#ifdef __x86_64__
+#include <cpuid.h>
+#endif
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "cpu.h"
 
@@ -31,6 +38,23 @@ static level_choice choose_level(void) {
   return best;
 }
 
+/* AMX needs the CPU's bits (tile 24, bf16 22 of leaf 7's edx; bf16 in vectors, 5 of subleaf 1's eax)
+** and the kernel's leave to hold the tiles' 8 KiB of state. QM_CPU_LEVEL=v4 does without. */
+static int32_t may_use_amx(const char *level) {
+#if defined(__x86_64__) && defined(__linux__)
+  enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
+  unsigned int a, b, c, d, narrow;
+  if (strcmp(level, "v4") != 0 || getenv("QM_CPU_LEVEL") != NULL) return 0;
+  if (!__get_cpuid_count(7, 1, &narrow, &b, &c, &d) || !__get_cpuid_count(7, 0, &a, &b, &c, &d))
+    return 0;
+  if ((d >> 24 & 1) == 0 || (d >> 22 & 1) == 0 || (narrow >> 5 & 1) == 0) return 0;
+  return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+#else
+  (void)level;
+  return 0;
+#endif
+}
+
 static qm_backend backend;
 
 static int32_t open_device(int32_t index, void **out) {
@@ -41,6 +65,7 @@ static int32_t open_device(int32_t index, void **out) {
   if (context == NULL) return qm_reference_host->fail(QM_E_MEMORY, "the host is out of memory");
   context->threads = omp_get_max_threads();
   context->level = choose_level().name;
+  context->amx = may_use_amx(context->level);
   context->kernels = &backend.kernels;
   const int32_t status = qm_cpu_gemm_open(context);
   if (status != QM_OK) {
@@ -65,7 +90,10 @@ static void describe(void *opaque, qm_device_info *out) {
     if (sscanf(line, "model name : %127[^\n]", model) == 1) break;
   if (file != NULL) fclose(file);
   snprintf(out->description, sizeof out->description, "%s, level %s%s",
-           model[0] != '\0' ? model : "CPU", context->level, context->bf16 ? ", bf16" : "");
+           model[0] != '\0' ? model : "CPU", context->level,
+           context->amx    ? ", amx"
+           : context->bf16 ? ", bf16"
+                           : "");
   out->threads = context->threads;
   out->fast_bf16 = context->bf16;
 }

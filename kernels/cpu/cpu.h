@@ -12,6 +12,7 @@
 typedef struct qm_cpu_context {
   int32_t threads;
   int32_t bf16;              /* oneDNN multiplies bf16 natively here */
+  int32_t amx;               /* bf16 tile registers are there and the kernel lets us use them */
   const char *level;         /* "base", "v3", "v4" */
   const qm_kernels *kernels; /* the device's own table, for kernels made of others */
   struct qm_cpu_gemm *gemm;  /* oneDNN's engine, stream and primitive cache; see gemm.c */

@@ -1,6 +1,5 @@
 /* attention.c - softmax attention over packed sequences and its gradient, one query row at a time.
-** Source: Vaswani et al., arXiv 1706.03762; the gradient from the saved log-sum-exp as in Dao,
-** arXiv
+** Source: Vaswani et al., arXiv 1706.03762; the gradient from the saved log-sum-exp as in Dao, arXiv
 ** 2307.08691, algorithm 2. A query that sees no key gives 0, with an lse of minus infinity.
 */
 #include <stdlib.h>
@@ -89,8 +88,8 @@ int32_t qm_reference_attention(void *context, const qm_attention_args *args) {
   return QM_OK;
 }
 
-/* One query row's part of the gradients: P = exp(S - lse), dS = P (dP - delta), delta = dout .
-** out. */
+/* One query row's part of the gradients: P = exp(S - lse), dS = P (dP - delta) with
+** delta = dout . out. */
 static void attend_backward(const qm_attention_backward_args *args, view at, double *dq, double *dk,
                             double *dv) {
   const int64_t size = args->head_size, row = at.query * args->heads + at.head;

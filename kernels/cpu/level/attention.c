@@ -3,17 +3,15 @@
 ** Source: Dao, arXiv 2307.08691: tiles of keys, a running maximum and sum per row, nothing T x T.
 **
 ** One unit of work is up to BLOCK_ROWS stacked rows of one sequence and key head; it walks the key
-** tiles those rows see. K is transposed once per tile; then for TILE_ROWS rows at a time the
-** scores,
+** tiles those rows see. K is transposed once per tile; then for TILE_ROWS rows at a time the scores,
 ** their exponentials and the product with V stay in registers and the first-level cache. Exponents
-** are base 2: log2(e) is part of the factor that scales q. No unit shares an output, and what a
-** unit
+** are base 2: log2(e) is part of the factor that scales q. No unit shares an output, and what a unit
 ** computes does not depend on the thread that runs it.
 */
-#include "attention.h"
-
 #include <omp.h>
 #include <stdlib.h>
+
+#include "attention_tile.h"
 
 enum { BLOCK_ROWS = 256 };
 /* Below any score, and finite: the difference of two such is 0 and not NaN. */
@@ -127,10 +125,10 @@ static void attend(const qm_attention_args *args, const sequence *s, const works
 }
 
 int32_t QM_CPU(attention)(void *context, const qm_attention_args *args) {
-  (void)context;
   int32_t status = qm_reference_check_offsets("cu_q", &args->cu_q, args->rows_q);
   if (status == QM_OK) status = qm_reference_check_offsets("cu_k", &args->cu_k, args->rows_k);
   if (status != QM_OK) return status;
+  if (takes_amx(context, &args->q, &args->k, &args->cu_q)) return QM_CPU(attention_amx)(args);
   const int64_t pairs = args->sequences * args->kv_heads;
   const int64_t blocks =
       (longest(&args->cu_q) * (args->heads / args->kv_heads) + BLOCK_ROWS - 1) / BLOCK_ROWS;

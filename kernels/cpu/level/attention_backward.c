@@ -1,6 +1,5 @@
 /* attention_backward.c - the gradient of softmax attention over packed sequences. Reference:
-** kernels/reference/attention.c, within f32 rounding. Source: Dao, arXiv 2307.08691, algorithm 2:
-** the
+** kernels/reference/attention.c, within f32 rounding. Source: Dao, arXiv 2307.08691, algorithm 2: the
 ** probabilities come again from q, k and the saved log-sum-exp, and delta = dout . out.
 **
 ** One unit of work is one sequence under one key head: dk and dv have one writer, and dq gathers in
@@ -11,7 +10,7 @@
 #include <omp.h>
 #include <stdlib.h>
 
-#include "attention.h"
+#include "attention_tile.h"
 
 enum { BLOCK_ROWS = 64 };
 
@@ -164,10 +163,11 @@ static void sequence_backward(const qm_attention_backward_args *args, const sequ
 }
 
 int32_t QM_CPU(attention_backward)(void *context, const qm_attention_backward_args *args) {
-  (void)context;
   int32_t status = qm_reference_check_offsets("cu_q", &args->cu_q, args->rows_q);
   if (status == QM_OK) status = qm_reference_check_offsets("cu_k", &args->cu_k, args->rows_k);
   if (status != QM_OK) return status;
+  if (takes_amx(context, &args->q, &args->k, &args->cu_q))
+    return QM_CPU(attention_backward_amx)(args);
   const int64_t pairs = args->sequences * args->kv_heads, padded = pad(args->head_size);
   const int64_t rows = longest(&args->cu_q) * (args->heads / args->kv_heads);
   const size_t floats = (workspace_floats(padded, rows) + 15) / 16 * 16;

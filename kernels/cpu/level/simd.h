@@ -94,8 +94,7 @@ QM_ALWAYS_INLINE qm_vec qm_vec_exp2(qm_vec x) {
 }
 
 /* out's row i = x's column i, QM_LANES of each: log2(QM_LANES) rounds of interleaving row i with
-** row
-** i + QM_LANES / 2. */
+** row i + QM_LANES / 2. */
 QM_ALWAYS_INLINE void qm_vec_transpose(const float *x, int64_t x_stride, float *out,
                                        int64_t out_stride) {
   qm_vec rows[QM_LANES], mixed[QM_LANES];
