@@ -16,7 +16,12 @@ void QM_CPU(level)(qm_kernels *kernels) {
   kernels->rms_norm_backward = QM_CPU(rms_norm_backward);
   kernels->rope = QM_CPU(rope);
   kernels->cross_entropy = QM_CPU(cross_entropy);
+  kernels->permute = QM_CPU(permute);
+  kernels->reduce = QM_CPU(reduce);
   kernels->scatter_add = QM_CPU(scatter_add);
+  kernels->softmax = QM_CPU(softmax);
+  kernels->sum_squares = QM_CPU(sum_squares);
   kernels->swiglu = QM_CPU(swiglu);
   kernels->swiglu_backward = QM_CPU(swiglu_backward);
+  kernels->unary = QM_CPU(unary);
 }

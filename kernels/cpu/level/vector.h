@@ -52,6 +52,24 @@ static inline void qm_stored(const qm_array *out, int64_t i, int64_t n, const fl
   if (out->dtype != QM_F32) qm_narrow(buffer, out->data, out->dtype, i, n);
 }
 
+/* The largest of n, -infinity for none; NaN is passed over. In lanes, for clang will not vectorize a
+** maximum that must heed NaN. */
+static inline float qm_largest(const float *x, int64_t n) {
+  enum { LANES = 32 };
+  const int64_t whole = n / LANES * LANES;
+  float lanes[LANES];
+  for (int32_t lane = 0; lane < LANES; lane++) lanes[lane] = -__builtin_inff();
+  for (int64_t i = 0; i < whole; i += LANES)
+    for (int32_t lane = 0; lane < LANES; lane++)
+      lanes[lane] = x[i + lane] > lanes[lane] ? x[i + lane] : lanes[lane];
+  for (int64_t i = whole; i < n; i++)
+    lanes[i - whole] = x[i] > lanes[i - whole] ? x[i] : lanes[i - whole];
+  for (int32_t width = LANES / 2; width > 0; width /= 2)
+    for (int32_t lane = 0; lane < width; lane++)
+      lanes[lane] = lanes[lane + width] > lanes[lane] ? lanes[lane + width] : lanes[lane];
+  return lanes[0];
+}
+
 /* exp to 2 ulp over the range where it is a normal number, 0 below and infinity above it.
 ** exp(x) = 2^n exp(r), |r| <= ln 2 / 2, by a degree-6 polynomial (Cephes' expf). */
 static inline float qm_expf(float x) {
