@@ -148,7 +148,9 @@ local scratch = {}
 for i, row in ipairs(SCRATCH) do
   local sum, last = 0, nil
   for seed = 1, o.seeds do
-    last = train(row, build(row, seed), bible, o.steps, o.lr, o.lr, seed)
+    local model = build(row, seed)
+    last = train(row, model, bible, o.steps, o.lr, o.lr, seed)
+    model:free()
     sum = sum + last.loss
     say("(a) %-26s seed %d: %.4f in %.0f s", row.name, seed, last.loss, last.seconds)
   end
@@ -169,8 +171,10 @@ local base = train(DENSE, pretrained, bible, o.pretrain_steps, o.lr, o.lr, 1)
 say("(b) pretrained: %.4f, on the Jargon File %.4f, in %.0f s", base.loss, evaluate(pretrained, jargon), base.seconds)
 local tuned = {}
 for i, row in ipairs(TUNE) do
-  tuned[i] = train(row, build(row, 1, pretrained), jargon, o.tune_steps, o.tune_lr, 1e-3, 2)
+  local model = build(row, 1, pretrained)
+  tuned[i] = train(row, model, jargon, o.tune_steps, o.tune_lr, 1e-3, 2)
   tuned[i].row = row
+  model:free()
   say("(b) %-26s %.4f in %.0f s", row.name, tuned[i].loss, tuned[i].seconds)
 end
 local frozen, full = tuned[1].loss, tuned[2].loss

@@ -39,8 +39,11 @@ local function measure(linear)
   end
   table.sort(times)
   local profile = qm.profile(function() for _ = 1, steps do step() end end)
+  local peak_bytes = qm.default_device():memory().peak_bytes
+  optim:free()
+  model:free()
   return { rate = BATCH * CONTEXT / times[math.ceil(#times / 2)], profile = profile,
-    peak_bytes = qm.default_device():memory().peak_bytes }
+    peak_bytes = peak_bytes }
 end
 
 print(("%s; %d tokens a step, median of %d steps"):format(qm.default_device():info().description, BATCH * CONTEXT, steps))
