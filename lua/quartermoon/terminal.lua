@@ -13,6 +13,9 @@ if not pcall(ffi.typeof, "struct qm_pollfd") then
   ]])
 end
 
+---Is file 1 (standard output) or 2 (standard error) a terminal?
+function M.is_terminal(number) return ffi.C.isatty(number) == 1 end
+
 local SIGINT, POLLIN = 2, 1
 
 ---Do both the standard input and the standard output belong to a person?
