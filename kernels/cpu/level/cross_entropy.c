@@ -24,6 +24,20 @@ static inline float exp_below(float x) {
   return scaled < -126.0f ? 0.0f : p * power;
 }
 
+/* The largest of x and `most`; NaN does not count. Side by side in lanes, because not every compiler
+** vectorizes a maximum of floats. */
+static inline float largest(const float *x, int64_t n, float most) {
+  enum { LANES = 32 };
+  float lanes[LANES];
+  for (int l = 0; l < LANES; l++) lanes[l] = most;
+  int64_t j = 0;
+  for (; j + LANES <= n; j += LANES)
+    for (int l = 0; l < LANES; l++) lanes[l] = x[j + l] > lanes[l] ? x[j + l] : lanes[l];
+  for (; j < n; j++) most = x[j] > most ? x[j] : most;
+  for (int l = 0; l < LANES; l++) most = lanes[l] > most ? lanes[l] : most;
+  return most;
+}
+
 typedef struct statistics {
   float most; /* the row's largest logit, -inf for a row of those */
   double sum; /* of exp(x - most) */
@@ -36,9 +50,7 @@ static statistics row_statistics(const void *logits, int32_t dtype, int64_t row,
   for (int64_t i = 0; i < columns; i += QM_BLOCK) {
     const int64_t n = QM_MIN(QM_BLOCK, columns - i);
     qm_expand(x, logits, dtype, row + i, n);
-    float most = s.most;
-#pragma omp simd reduction(max : most)
-    for (int64_t j = 0; j < n; j++) most = x[j] > most ? x[j] : most;
+    const float most = largest(x, n, s.most);
     /* While all are -inf, their distance from 0 stands for that from the largest: exp is 0. */
     const float shift = most == -INFINITY ? 0.0f : most;
     float sum = 0.0f;
