@@ -62,6 +62,19 @@ function Run:bytes()
   return table.concat(parts)
 end
 
+---Every weight of a checkpoint of the child below is the step it was written after.
+local function assert_whole(found)
+  qm.safetensors.with(found.path .. "/model.safetensors", function(file)
+    assert.is_true(#file:names() > 10)
+    for _, name in ipairs(file:names()) do
+      local tensor = file:tensor(name, "cpu")
+      local values = tensor:reshape(tensor:count())
+      assert.equal(found.step, values:min():item(), name)
+      assert.equal(found.step, values:max():item(), name)
+    end
+  end)
+end
+
 local KINDS = {
   ["dense"] = { { kind = "dense" }, { lr = qm.schedule.cosine(1e-2, 40), weight_decay = 0.1 } },
   ["4 bit"] = { { group_size = 32 }, { lr = 1e-2 } },
@@ -134,23 +147,15 @@ describe("qm.checkpoints", function()
           for _, param in ipairs(model:parameters()) do param:fill(step) end
           qm.checkpoints.save(%q, { step = step, model = model, keep = 2 })
         end]]):format(folder))
-      for attempt = 1, 6 do
-        local delay = 0.15 + 0.25 * math.random()
+      local attempt, usual_delay = 0, 0.2
+      while attempt < 5 do
+        local delay = usual_delay * (0.75 + 0.5 * math.random())
         os.execute(("timeout -s KILL %.3f luajit %s 2>/dev/null"):format(delay, child))
         local newest = qm.checkpoints.latest(folder)
-        if newest then -- the first attempts may be killed before their first checkpoint is whole
-          for _, found in ipairs(qm.checkpoints.list(folder)) do
-            qm.safetensors.with(found.path .. "/model.safetensors", function(file)
-              assert.is_true(#file:names() > 10)
-              for _, name in ipairs(file:names()) do
-                local tensor = file:tensor(name, "cpu")
-                local values = tensor:view_as("spec", { tensor:count() })
-                assert.equal(found.step, values:min():item(), name .. " of attempt " .. attempt)
-                assert.equal(found.step, values:max():item(), name .. " of attempt " .. attempt)
-              end
-            end)
-          end
-        end
+        assert.is_true(newest ~= nil or usual_delay < 30, "not one checkpoint in 30 seconds")
+        -- On a busy machine a child may be killed before its first checkpoint is whole.
+        if newest then attempt = attempt + 1 else usual_delay = 2 * usual_delay end
+        for _, found in ipairs(qm.checkpoints.list(folder)) do assert_whole(found) end
       end
       os.remove(child)
       assert.is_truthy(qm.checkpoints.latest(folder))
