@@ -84,13 +84,51 @@ static __attribute__((noinline)) QM_AMX_TARGET void tiles_multiply(float *c, int
     }
 }
 
+/* Two vectors of f32 as 32 bf16: low, then high. */
+static inline QM_AMX_TARGET __m512i narrow_pair(qm_vec low, qm_vec high) {
+  return (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+}
+
+/* Two rows of 32 bf16 as 32 words: low's elements below high's. */
+QM_ALWAYS_INLINE void pair(__m512i low, __m512i high, uint32_t *out) {
+  static const uint16_t order[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                     8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+  const __m512i first = _mm512_loadu_si512(order);
+  const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
+  _mm512_storeu_si512(out, _mm512_permutex2var_epi16(low, first, high));
+  _mm512_storeu_si512(out + QM_LANES, _mm512_permutex2var_epi16(low, second, high));
+}
+
+/* Which of 32 elements from d on belong to a row of n. */
+QM_ALWAYS_INLINE __mmask32 row_mask(int64_t n, int64_t d) {
+  return n - d >= 32 ? 0xFFFFFFFFu : n <= d ? 0 : (1u << (n - d)) - 1;
+}
+
 /* One bf16 row of n as it is, padded with zeros to `deep`; all zeros where x is NULL. */
 QM_ALWAYS_INLINE void copy_row(const uint16_t *x, int64_t n, int64_t deep, uint16_t *out) {
   for (int64_t d = 0; d < deep; d += 32) {
-    const int64_t left = x == NULL ? 0 : n - d;
-    const __mmask32 mask = left >= 32 ? 0xFFFFFFFFu : left <= 0 ? 0 : (1u << left) - 1;
+    const __mmask32 mask = x == NULL ? 0 : row_mask(n, d);
     _mm512_storeu_si512(out + d, _mm512_maskz_loadu_epi16(mask, mask == 0 ? out : x + d));
   }
+}
+
+/* One row of n, times factor, as bf16; x is padded to whole pairs of vectors. */
+static inline QM_AMX_TARGET void store_row(const float *x, float factor, int64_t n, uint16_t *out) {
+  for (int64_t d = 0; d < n; d += 32) {
+    const qm_vec low = qm_vec_load(x + d) * factor, high = qm_vec_load(x + d + QM_LANES) * factor;
+    _mm512_mask_storeu_epi16(out + d, row_mask(n, d), narrow_pair(low, high));
+  }
+}
+
+/* The product of two bf16 rows of n. */
+static inline QM_AMX_TARGET float dot_rows(const uint16_t *x, const uint16_t *y, int64_t n) {
+  __m512 sum = _mm512_setzero_ps();
+  for (int64_t d = 0; d < n; d += 32) {
+    const __mmask32 mask = row_mask(n, d);
+    sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_maskz_loadu_epi16(mask, x + d),
+                           (__m512bh)_mm512_maskz_loadu_epi16(mask, y + d));
+  }
+  return _mm512_reduce_add_ps(sum);
 }
 
 /* x words [rows, columns] to out [columns, rows], both multiples of 16: bf16 rows as the right operand
@@ -106,16 +144,9 @@ static void transpose_words(const void *x, int64_t rows, int64_t columns, void *
 /* bf16 rows [rows, columns] to words [rows / 2, columns], row 2 k low and row 2 k + 1 high: the right
 ** operand of a product over the rows. */
 static void pair_rows(const uint16_t *x, int64_t rows, int64_t columns, uint32_t *out) {
-  for (int64_t k = 0; k < rows; k += 2) {
-    const uint16_t *restrict low = x + k * columns, *restrict high = low + columns;
-    uint32_t *restrict words = out + k / 2 * columns;
-    for (int64_t j = 0; j < columns; j++) words[j] = low[j] | (uint32_t)high[j] << 16;
-  }
-}
-
-/* Two vectors of f32 as 32 bf16: low, then high. */
-static inline QM_AMX_TARGET __m512i narrow_pair(qm_vec low, qm_vec high) {
-  return (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+  for (int64_t k = 0; k < rows; k += 2, x += 2 * columns, out += columns)
+    for (int64_t j = 0; j < columns; j += 32)
+      pair(_mm512_loadu_si512(x + j), _mm512_loadu_si512(x + columns + j), out + j);
 }
 
 #endif

@@ -114,24 +114,24 @@ static QM_AMX_TARGET void attend_rows(const sequence *s, const workspace *w, int
   tiles_multiply(out_t, ROWS, 1, w->values_t, KEYS, w->p, ROWS, deep, ROWS, wide);
 }
 
-static void finish_rows(const qm_attention_args *args, const sequence *s, const workspace *w,
-                        int64_t deep, int64_t row, int64_t at, int64_t count) {
-  float *out_t = w->out_t + row * deep;
-  transpose_words(out_t, deep, ROWS, w->out, deep);
+static QM_AMX_TARGET void finish_rows(const qm_attention_args *args, const sequence *s,
+                                      const workspace *w, int64_t deep, int64_t row, int64_t at,
+                                      int64_t count) {
+  uint16_t *out = args->out.data;
+  transpose_words(w->out_t + row * deep, deep, ROWS, w->out, deep);
   for (int64_t i = 0; i < count; i++) {
     const int32_t empty = w->end[row + i] <= w->first[row + i];
-    const float sum = w->sums[row + i], factor = 1.0f / sum;
-    float *out = w->out + i * deep;
-    for (int64_t d = 0; d < s->size; d++) out[d] = empty ? 0.0f : out[d] * factor;
-    qm_narrow(out, args->out.data, QM_BF16, row_offset(s, at + i), s->size);
+    const float sum = w->sums[row + i];
+    if (empty) memset(w->out + i * deep, 0, (size_t)deep * sizeof(float));
+    store_row(w->out + i * deep, empty ? 0.0f : 1.0f / sum, s->size, out + row_offset(s, at + i));
     ((float *)args->lse.data)[row_index(s, at + i)] =
         empty ? -__builtin_inff() : (w->most[row + i] + log2f(sum)) * (float)LN_2;
   }
 }
 
 /* Stacked rows at .. at + rows - 1 of one sequence. */
-static void attend(const qm_attention_args *args, const sequence *s, const workspace *w,
-                   int64_t deep, int64_t at, int64_t rows) {
+static QM_AMX_TARGET void attend(const qm_attention_args *args, const sequence *s,
+                                 const workspace *w, int64_t deep, int64_t at, int64_t rows) {
   const uint16_t *q = args->q.data, *k = args->k.data, *v = args->v.data;
   const float factor = (float)(args->options.scale * LOG2_E);
   for (int64_t i = 0; i < BLOCK_ROWS; i++) {

@@ -74,11 +74,6 @@ static size_t divide(workspace *w, char *memory, int64_t deep, int64_t parts) {
 /* P^T and dS^T of HALF keys from `from` on, for the part's rows from `row` on. */
 static QM_AMX_TARGET void differentiate(const workspace *w, int64_t row, int64_t key, int64_t from,
                                         int32_t masked, float factor) {
-  /* The even (odd) words of the result: lane i of the first row below lane i of the second. */
-  static const uint16_t low[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
-                                   8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
-  const __m512i interleave_low = _mm512_loadu_si512(low);
-  const __m512i interleave_high = _mm512_add_epi16(interleave_low, _mm512_set1_epi16(16));
   for (int64_t c = 0; c < ROWS; c += 2 * QM_LANES) {
     __m512i even = _mm512_setzero_si512();
     for (int64_t j = 0; j < HALF; j++) {
@@ -102,14 +97,10 @@ static QM_AMX_TARGET void differentiate(const workspace *w, int64_t row, int64_t
       const __m512i narrow = narrow_pair(ds[0], ds[1]);
       _mm512_storeu_si512(w->p + (from + j) * ROWS + c, narrow_pair(p[0], p[1]));
       _mm512_storeu_si512(w->ds + (from + j) * ROWS + c, narrow);
-      if (j % 2 == 0) {
+      if (j % 2 == 0)
         even = narrow;
-        continue;
-      }
-      uint32_t *words = w->ds_pairs + (from + j) / 2 * ROWS + c;
-      _mm512_storeu_si512(words, _mm512_permutex2var_epi16(even, interleave_low, narrow));
-      _mm512_storeu_si512(words + QM_LANES,
-                          _mm512_permutex2var_epi16(even, interleave_high, narrow));
+      else
+        pair(even, narrow, w->ds_pairs + (from + j) / 2 * ROWS + c);
     }
   }
 }
@@ -135,16 +126,10 @@ static void rows_backward(const sequence *s, const workspace *w, int64_t row, in
                  wide);
 }
 
-/* Write one row of a gradient, scaled. */
-static void finish_row(const sequence *s, float *x, float factor, const qm_array *out,
-                       int64_t offset) {
-  for (int64_t d = 0; d < s->size; d++) x[d] *= factor;
-  qm_narrow(x, out->data, QM_BF16, offset, s->size);
-}
-
-static void tile_backward(const qm_attention_backward_args *args, const sequence *s,
-                          const workspace *w, int64_t key, int64_t n) {
+static QM_AMX_TARGET void tile_backward(const qm_attention_backward_args *args, const sequence *s,
+                                        const workspace *w, int64_t key, int64_t n) {
   const uint16_t *k = args->k.data, *v = args->v.data;
+  uint16_t *dk = args->dk.data, *dv = args->dv.data;
   const int64_t deep = w->deep, rows = s->queries * s->group;
   for (int64_t j = 0; j < KEYS; j++) {
     const int64_t offset = j < n ? key_offset(s, key + j) : 0;
@@ -159,14 +144,15 @@ static void tile_backward(const qm_attention_backward_args *args, const sequence
     rows_backward(s, w, row, QM_MIN(ROWS, rows - row), key, n,
                   (float)(args->options.scale * LOG2_E));
   for (int64_t j = 0; j < n; j++) {
-    finish_row(s, w->dk + j * deep, (float)args->options.scale, &args->dk, key_offset(s, key + j));
-    finish_row(s, w->dv + j * deep, 1.0f, &args->dv, key_offset(s, key + j));
+    store_row(w->dk + j * deep, (float)args->options.scale, s->size, dk + key_offset(s, key + j));
+    store_row(w->dv + j * deep, 1.0f, s->size, dv + key_offset(s, key + j));
   }
 }
 
 /* delta = dout . out, lse and what each row sees, for the ROWS rows of a part. */
-static void prepare_statistics(const qm_attention_backward_args *args, const sequence *s,
-                               const workspace *w, int64_t row, int64_t count) {
+static QM_AMX_TARGET void prepare_statistics(const qm_attention_backward_args *args,
+                                             const sequence *s, const workspace *w, int64_t row,
+                                             int64_t count) {
   const uint16_t *dout = args->dout.data, *out = args->out.data;
   for (int64_t i = row; i < row + ROWS; i++) {
     float sum = 0.0f;
@@ -174,9 +160,7 @@ static void prepare_statistics(const qm_attention_backward_args *args, const seq
     w->first[i] = w->end[i] = 0;
     if (i < row + count) {
       const int64_t offset = row_offset(s, i);
-#pragma omp simd reduction(+ : sum)
-      for (int64_t d = 0; d < s->size; d++)
-        sum += qm_from_bf16(dout[offset + d]) * qm_from_bf16(out[offset + d]);
+      sum = dot_rows(dout + offset, out + offset, s->size);
       w->lse[i] = ((const float *)args->lse.data)[row_index(s, i)] * (float)LOG2_E;
       w->first[i] = (int32_t)first_seen(s, i);
       w->end[i] = (int32_t)end_seen(s, i);
@@ -195,9 +179,10 @@ static void prepare_rows(const sequence *s, const workspace *w, const uint16_t *
   pair_rows(w->rows, ROWS, w->deep, pairs + row * w->deep / 2);
 }
 
-static void sequence_backward(const qm_attention_backward_args *args, const sequence *s,
-                              const workspace *w) {
+static QM_AMX_TARGET void sequence_backward(const qm_attention_backward_args *args,
+                                            const sequence *s, const workspace *w) {
   const int64_t deep = w->deep, rows = s->queries * s->group;
+  uint16_t *dq = args->dq.data;
   for (int64_t row = 0; row < rows; row += ROWS) {
     const int64_t count = QM_MIN(ROWS, rows - row);
     prepare_statistics(args, s, w, row, count);
@@ -210,8 +195,7 @@ static void sequence_backward(const qm_attention_backward_args *args, const sequ
   for (int64_t row = 0; row < rows; row += ROWS) {
     transpose_words(w->dq_t + row * deep, deep, ROWS, w->dk, deep);
     for (int64_t i = 0; i < QM_MIN(ROWS, rows - row); i++)
-      finish_row(s, w->dk + i * deep, (float)args->options.scale, &args->dq,
-                 row_offset(s, row + i));
+      store_row(w->dk + i * deep, (float)args->options.scale, s->size, dq + row_offset(s, row + i));
   }
 }
 
