@@ -17,6 +17,7 @@ void QM_CPU(level)(qm_kernels *kernels) {
   kernels->rope = QM_CPU(rope);
   kernels->cross_entropy = QM_CPU(cross_entropy);
   kernels->permute = QM_CPU(permute);
+  kernels->random = QM_CPU(random);
   kernels->reduce = QM_CPU(reduce);
   kernels->scatter_add = QM_CPU(scatter_add);
   kernels->softmax = QM_CPU(softmax);
