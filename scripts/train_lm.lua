@@ -1,0 +1,144 @@
+-- train_lm.lua - train a Llama-style language model on a text, on whatever device there is.
+--
+--   bin/quartermoon scripts/train_lm.lua --text data/kjv.txt --out runs/kjv
+--   bin/quartermoon scripts/train_lm.lua --linear dense       the same model in full precision
+--   bin/quartermoon scripts/train_lm.lua --resume runs/kjv    continue where a run stopped
+--
+-- The weights of every linear layer inside the blocks are 4-bit, and only 4-bit: there is no
+-- full-precision copy. What follows is ordinary Lua: copy it, change the loop, write your own schedule.
+
+local qm = require("quartermoon")
+
+local OPTIONS = {
+  usage = "bin/quartermoon scripts/train_lm.lua [options]",
+  about = "Train a Llama-style language model on a text.",
+  { "text", "the text to learn; scripts/corpus makes one", default = "data/kjv.txt" },
+  { "out", "folder of the run: checkpoints, metrics, the loss curve", default = "runs/kjv" },
+  { "resume", "continue the run in this folder; its options hold but for those given", default = "", value = "DIR" },
+  { "linear", "the blocks' linear layers: quantized or full precision", default = "mpq", choices = { "mpq", "dense" } },
+  { "bits", "bits of a quantized weight", default = 4, choices = { 2, 4, 8 } },
+  { "group_size", "weights that share a scale and a zero point", default = 64 },
+  { "feedback", "the rounding error's way back into the step", default = "auto",
+    choices = { "auto", "none", "momentum", "residual" } },
+  { "tokenizer", "bytes, or byte pairs learnt from the text", default = "bpe", choices = { "byte", "bpe" } },
+  { "vocab_size", "tokens of the byte-pair tokenizer", default = 1024, min = 257 },
+  { "hidden", "width of the model", default = 384 },
+  { "ffn", "width of its feed-forward layers", default = 1024 },
+  { "layers", "blocks", default = 4, min = 1 },
+  { "heads", "attention heads", default = 6 },
+  { "kv_heads", "heads of keys and values", default = 2 },
+  { "context", "tokens in a sequence", default = 256, min = 2 },
+  { "batch", "sequences in a step", default = 16, min = 1 },
+  { "steps", "optimizer steps", default = 600, min = 1 },
+  { "lr", "peak learning rate", default = 3e-3, min = 0 },
+  { "warmup", "steps until the peak", default = 40 },
+  { "weight_decay", "decoupled weight decay", default = 0.1, min = 0 },
+  { "clip", "largest norm of all gradients together", default = 1.0, min = 0 },
+  { "eval_every", "steps between evaluations", default = 200, min = 1 },
+  { "save_every", "steps between checkpoints", default = 200, min = 1 },
+  { "dtype", "type of the activations", default = "auto", choices = { "auto", "f32", "bf16" } },
+  { "device", "cpu, cuda ...; the default is $QM_DEVICE or cpu", default = "" },
+  { "seed", "of initial weights, data order and rounding", default = 1, min = 0 },
+  { "prompt", "text to continue at the end", default = "In the beginning" },
+}
+local o = qm.options.parse(OPTIONS)
+local resumed = o.resume ~= "" and qm.checkpoints.load(o.resume) or nil
+if resumed then -- the run's own options become the defaults
+  for _, option in ipairs(OPTIONS) do option.default = resumed.config[option[1]] end
+  o = qm.options.parse(OPTIONS)
+  o.out, o.resume = o.resume, ""
+end
+if o.device ~= "" then qm.set_default_device(o.device) end
+qm.seed(o.seed)
+
+-- The data: the text's tokens in a mapped file, every 20th block of them held out.
+local text = assert(qm.files.read(o.text))
+local tokenizer = o.tokenizer == "byte" and qm.tokenizer.byte()
+  or qm.tokenizer.train_bpe(text, { vocab_size = o.vocab_size })
+qm.files.make_folder(o.out)
+local data = qm.data.open(o.text, { tokenizer = tokenizer, cache_dir = o.out })
+local batches = data:batches({ batch = o.batch, length = o.context, seed = o.seed })
+local characters_per_token = #text / data.count
+
+local model = qm.models.llama.new({
+  vocab_size = tokenizer.vocab_size, hidden_size = o.hidden, intermediate_size = o.ffn,
+  num_hidden_layers = o.layers, num_attention_heads = o.heads, num_key_value_heads = o.kv_heads,
+  max_position_embeddings = 2 * o.context, tie_word_embeddings = true,
+}, {
+  dtype = o.dtype,
+  linear = o.linear == "dense" and { kind = "dense" } or { kind = "mpq", w_bit = o.bits, group_size = o.group_size },
+})
+
+-- One optimizer: AdamW for the dense tensors, the in-place update step for the quantized ones.
+local schedule = qm.schedule.warmup(o.warmup, qm.schedule.cosine(o.lr, o.steps, 0.02))
+local optim = qm.optim.new(model, { lr = schedule, betas = { 0.9, 0.99 }, weight_decay = o.weight_decay,
+  feedback = o.feedback, seed = o.seed })
+
+local run = { model = model, optim = optim, data = batches, config = o }
+if resumed then qm.checkpoints.load(resumed.path, run) end
+local first = (resumed and resumed.step or 0) + 1
+
+---Nats per character on the held-out text.
+local function evaluate()
+  local sum, count = 0, 0
+  qm.no_grad(function()
+    for tokens, targets, cu_seqlens in data:held_out({ length = o.context, batch = o.batch, limit = 65536 }) do
+      qm.scope(function() sum = sum + model:loss(tokens, targets, cu_seqlens):item() * targets.shape[1] end)
+      count = count + targets.shape[1]
+    end
+  end)
+  return sum / count / characters_per_token
+end
+
+-- The training loop.
+local metrics = qm.progress.metrics(o.out .. "/metrics.jsonl", { after = first - 1 })
+local progress = qm.progress.new({ steps = o.steps, tokens_per_step = o.batch * o.context })
+local validation
+qm.default_device():reset_peak()
+local started, training_seconds = qm.clock.now(), 0
+
+for step = first, o.steps do
+  local began = qm.clock.now()
+  qm.scope(function() -- everything made inside is released at its end
+    local loss = model:loss(batches:next())
+    loss:backward()
+    optim:clip_grad_norm(o.clip)
+    local report = optim:step()
+    optim:zero_grad()
+    local nats = loss:item() / characters_per_token
+    if report.warning then progress:note(report.warning) end
+    progress:update({ step = step, loss = nats, lr = report.lr })
+    metrics:write({ step = step, loss = nats, lr = report.lr, grad_norm = report.grad_norm })
+  end)
+  training_seconds = training_seconds + qm.clock.now() - began
+  if step % o.eval_every == 0 or step == o.steps then
+    validation = evaluate()
+    metrics:write({ step = step, validation = validation })
+    progress:note(("step %d: validation loss %.4f nats per character"):format(step, validation))
+  end
+  if step % o.save_every == 0 or step == o.steps then
+    run.step = step
+    qm.checkpoints.save(o.out, run)
+  end
+end
+progress:finish()
+metrics:close()
+
+-- The result.
+local curve, reason = qm.plot.metrics(o.out .. "/loss.png", o.out .. "/metrics.jsonl", { smooth = 21,
+  title = "Training on " .. o.text, y_label = "loss, nats per character" })
+local function row(name, format, ...) print(("%-34s " .. format):format(name, ...)) end
+row("validation loss, nats/character", "%.4f", validation or evaluate())
+row("parameters", "%d", model:parameter_count())
+row("bits per weight in the blocks", "%.2f", model.model.layers:bits_per_weight())
+row("weights, MiB", "%.2f", model:weight_bytes() / 2 ^ 20)
+row("optimizer state, MiB", "%.2f", optim:state_bytes() / 2 ^ 20)
+row("peak memory of tensors, MiB", "%.1f", qm.default_device():memory().peak_bytes / 2 ^ 20)
+if training_seconds > 0 then
+  row("tokens/s", "%.0f", (o.steps - first + 1) * o.batch * o.context / training_seconds)
+end
+row("seconds, evaluation included", "%.0f", qm.clock.now() - started)
+row("loss curve", "%s", curve or "none: " .. reason)
+
+local ids = model:generate(tokenizer:encode(o.prompt), { max_tokens = o.context, temperature = 0.8, seed = o.seed })
+print("\n" .. o.prompt .. tokenizer:decode(ids))
