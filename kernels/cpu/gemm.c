@@ -5,9 +5,9 @@
 ** natively where the CPU can; elsewhere, and for f16, operands are widened to f32 first. What
 ** oneDNN refuses goes the same way, and to the reference at last: slower, never wrong.
 ** Measured: two cores of a Xeon with AMX, bf16, 2.3 TFLOP/s at [4096, 256] x [256, 768] and its
-** gradient to x, 1.7 at the weight gradient (sum over 4096 rows). For that one, cutting the sum into
-** slices, transposing x first or swapping the operands gained nothing or lost; packed weights gained
-** a tenth forward. A call costs 0.7 us over its arithmetic.
+** gradient to x, 1.7 at the weight gradient (sum over 4096 rows). For that one, cutting the sum
+** into slices, transposing x first or swapping the operands gained nothing or lost; packed weights
+** gained a tenth forward. A call costs 0.7 us over its arithmetic.
 */
 #include <dnnl.h>
 #include <pthread.h>

@@ -7,9 +7,9 @@
 */
 #include "vector.h"
 
-/* exp(x) for x <= 0, to 2 ulp plus the rounding of x / ln 2; 0 below -87. Two thirds of the work of
-** qm_expf. exp(x) = 2^n 2^f, |f| <= 1/2, and 2^f is the polynomial of degree 5 with the least relative
-** error, 7.5e-8 (Remez). */
+/* exp(x) for x <= 0, to 2 ulp plus the rounding of x / ln 2; 0 below -87. Two thirds of the work
+** of qm_expf. exp(x) = 2^n 2^f, |f| <= 1/2, and 2^f is the polynomial of degree 5 with the least
+** relative error, 7.5e-8 (Remez). */
 static inline float exp_below(float x) {
   const float scaled = x * 1.44269504088896341f;
   const float t = scaled < -126.0f ? -126.0f : scaled; /* NaN stays */
@@ -24,8 +24,8 @@ static inline float exp_below(float x) {
   return scaled < -126.0f ? 0.0f : p * power;
 }
 
-/* The largest of x and `most`; NaN does not count. Side by side in lanes, because not every compiler
-** vectorizes a maximum of floats. */
+/* The largest of x and `most`; NaN does not count. Side by side in lanes, because not every
+** compiler vectorizes a maximum of floats. */
 static inline float largest(const float *x, int64_t n, float most) {
   enum { LANES = 32 };
   float lanes[LANES];
