@@ -67,7 +67,9 @@ describe("qm.data", function()
       local tokenizer = qm.tokenizer.train_bpe(text, { vocab_size = 300 })
       data = qm.data.open(path, { tokenizer = tokenizer })
       assert.is_true(data.tokenized)
+      assert.is_false(qm.data.open(path).tokenized)
       assert.equal("i32", data.tokens.dtype)
+      assert.equal(#text / data.count, data.chars_per_token)
       assert.equal(text, tokenizer:decode(data.tokens))
       assert.is_false(qm.data.open(path, { tokenizer = tokenizer }).tokenized)
     end)
@@ -75,8 +77,9 @@ describe("qm.data", function()
     it("makes them anew when the cache is damaged or lacks a part", function()
       qm.files.write(path, text_of(500))
       local expected = qm.data.open(path).tokens:bytes()
-      local damages = { "rm %s.tokens", "rm %s.tokens.json", ": > %s.tokens", "echo x >> %s.tokens",
-        "echo '[' > %s.tokens.json", "echo 3 > %s.tokens.json", "echo '{}' > %s.tokens.json" }
+      local damages = { "rm %s*.tokens", "rm %s*.tokens.json", "truncate -s 0 %s*.tokens",
+        "truncate -s +1 %s*.tokens", "truncate -s 1 %s*.tokens.json", "sed -i 's/u8/u9/' %s*.tokens.json",
+        "sed -i 's/characters/c/' %s*.tokens.json" }
       for _, damage in ipairs(damages) do
         os.execute(damage:format(path))
         local data = qm.data.open(path)
@@ -94,12 +97,19 @@ describe("qm.data", function()
       assert.equal(tokenizer:encode(text):bytes(), data.tokens:bytes())
     end)
 
+    it("counts characters, not bytes, for nats per character", function()
+      qm.files.write(path, ("\195\188ber "):rep(10))
+      local data = qm.data.open(path)
+      assert.equal(50 / 60, data.chars_per_token)
+      assert.equal(50 / 60, qm.data.open(path).chars_per_token)
+      assert.equal(1, qm.data.open({ 1, 2 }).chars_per_token)
+    end)
+
     it("puts the tokens into cache_dir", function()
       qm.files.write(path, text_of(100))
-      os.execute("mkdir " .. folder .. "/cache")
-      qm.data.open(path, { cache_dir = folder .. "/cache" })
-      assert.is_true(qm.files.exists(folder .. "/cache/text.txt.tokens"))
-      assert.is_false(qm.files.exists(path .. ".tokens"))
+      qm.data.open(path, { cache_dir = folder .. "/a/cache" })
+      assert.equal(2, #qm.files.list(folder .. "/a/cache"))
+      assert.same({ "a", "text.txt" }, qm.files.list(folder))
     end)
 
     it("names the file that cannot be read or written, and leaves nothing", function()
@@ -107,9 +117,8 @@ describe("qm.data", function()
         "qm.data.open: " .. folder .. "/none: No such file", 1, true)
       assert.error_matches(function() qm.data.open(folder) end, folder, 1, true)
       qm.files.write(path, text_of(100))
-      assert.error_matches(function() qm.data.open(path, { cache_dir = folder .. "/no" }) end,
-        folder .. "/no/text.txt.tokens", 1, true)
-      assert.is_false(qm.files.exists(path .. ".tokens"))
+      assert.error_matches(function() qm.data.open(path, { cache_dir = "/proc/no" }) end, "/proc/no", 1, true)
+      assert.same({ "text.txt" }, qm.files.list(folder))
     end)
 
     it("refuses what makes no sense", function()

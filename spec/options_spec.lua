@@ -1,31 +1,32 @@
 local qm = require("quartermoon")
 
 local DECLARATION = {
-  usage = "scripts/x.lua [options] TEXT",
+  name = "scripts/x.lua",
   about = "Do a thing.",
-  arguments = { { "text", "the text to read" }, { "out", "where to write", default = "out" } },
-  { "steps", "optimizer steps", default = 1500, min = 1 },
-  { "lr", "peak learning rate", default = 3e-3, min = 0, max = 1 },
-  { "group_size", "weights in a group", default = 64, choices = { 32, 64, 128 } },
-  { "dtype", "type of the activations", default = "bf16", choices = { "f32", "bf16" } },
-  { "resume", "continue the run", default = false },
-  { "clip", "clip the gradient", default = true },
-  { "seed", "where random numbers begin", type = "integer" },
+  arguments = { { "text", nil, "the text to read" }, { "out", "out", "where to write" } },
+  { "steps", 1500, "optimizer steps", min = 1 },
+  { "lr", 3e-3, "peak learning rate", min = 0, max = 1 },
+  { "clip-norm", 1, "largest gradient norm" },
+  { "group-size", 64, "weights in a group", choices = { 32, 64, 128 } },
+  { "dtype", "bf16", "type of the activations", choices = { "f32", "bf16" } },
+  { "resume", false, "continue the run" },
+  { "clip", true, "clip the gradient" },
+  { "seed", nil, "where random numbers begin", type = "integer" },
 }
 
-local function read(...) return qm.options.read(DECLARATION, { ... }) end
+local function read(...) return qm.options.read({ ... }, DECLARATION) end
 
 describe("qm.options", function()
   it("gives the defaults", function()
-    assert.same({ text = "a.txt", out = "out", steps = 1500, lr = 3e-3, group_size = 64, dtype = "bf16",
+    assert.same({ text = "a.txt", out = "out", steps = 1500, lr = 3e-3, group_size = 64, clip_norm = 1, dtype = "bf16",
       resume = false, clip = true }, read("a.txt"))
   end)
 
   it("takes --name value, --name=value and flags, in any order", function()
     local values = read("--steps", "10", "a.txt", "--lr=1e-4", "--resume", "--no-clip", "b", "--group-size", "32",
-      "--seed", "-5", "--dtype=f32")
-    assert.same({ text = "a.txt", out = "b", steps = 10, lr = 1e-4, group_size = 32, dtype = "f32", resume = true,
-      clip = false, seed = -5 }, values)
+      "--seed", "-5", "--dtype=f32", "--clip-norm", "0.5")
+    assert.same({ text = "a.txt", out = "b", steps = 10, lr = 1e-4, group_size = 32, clip_norm = 0.5, dtype = "f32",
+      resume = true, clip = false, seed = -5 }, values)
     assert.equal(128, read("a", "--group_size=128").group_size)
     assert.equal(1000, read("a", "--steps=1e3").steps)
     assert.is_false(read("a", "--clip=false").clip)
@@ -55,21 +56,21 @@ describe("qm.options", function()
   }
   for _, case in ipairs(refusals) do
     it("says \"" .. case[2] .. "\"", function()
-      local values, reason = qm.options.read(DECLARATION, case[1])
+      local values, reason = qm.options.read(case[1], DECLARATION)
       assert.is_nil(values)
       assert.equal(case[2], reason)
     end)
   end
 
   it("asks for what is required", function()
-    local values, reason = qm.options.read({ { "model", "which", required = true } }, {})
+    local values, reason = qm.options.read({}, { { "model", nil, "which", required = true } })
     assert.is_nil(values)
     assert.equal("--model is needed", reason)
   end)
 
   it("shows all in aligned columns", function()
     assert.equal([[
-usage: scripts/x.lua [options] TEXT
+usage: scripts/x.lua [options] TEXT [OUT]
 
 Do a thing.
 
@@ -80,6 +81,7 @@ arguments:
 options:
   --steps N       optimizer steps (default 1500)
   --lr X          peak learning rate (default 0.003)
+  --clip-norm X   largest gradient norm (default 1)
   --group-size N  weights in a group: 32, 64, 128 (default 64)
   --dtype TEXT    type of the activations: f32, bf16 (default bf16)
   --resume        continue the run
@@ -90,7 +92,7 @@ options:
   end)
 
   it("wraps long help inside its column", function()
-    for line in qm.options.help({ { "a", ("word "):rep(60) } }):gmatch("[^\n]+") do
+    for line in qm.options.help({ { "a", nil, ("word "):rep(60) } }):gmatch("[^\n]+") do
       assert.is_true(#line <= 100)
       if line:find("^ +word") then assert.equal(15, (line:find("word"))) end
     end
@@ -98,8 +100,8 @@ options:
 
   it("ends a script with a message and status 2, or with the help and status 0", function()
     local script = os.tmpname()
-    qm.files.write(script, "require('quartermoon').options.parse({ usage = 'x', { 'steps', 'how many', default = 3 } })"
-      .. " print('ran')")
+    qm.files.write(script,
+      "require('quartermoon').options.parse(arg, { name = 'x', { 'steps', 3, 'how many' } }) print('ran')")
     local function run(words)
       local pipe = io.popen("LUA_PATH='./lua/?.lua;./lua/?/init.lua;;' luajit " .. script .. " " .. words
         .. " 2>&1; echo status $?")
@@ -108,14 +110,16 @@ options:
       return text
     end
     assert.equal("ran\nstatus 0\n", run("--steps 4"))
-    assert.truthy(run("--stesp 4"):find("^unknown option '%-%-stesp', did you mean %-%-steps%?\n.*status 2\n$"))
-    assert.truthy(run("--help"):find("^usage: x\n.*%-%-steps N.*status 0\n$"))
+    assert.truthy(run("--stesp 4"):find("^x: unknown option '%-%-stesp', did you mean %-%-steps%?\n.*status 2\n$"))
+    assert.truthy(run("--help"):find("^usage: x %[options%]\n.*%-%-steps N.*status 0\n$"))
     os.remove(script)
   end)
 
   it("refuses declarations that make no sense", function()
-    assert.error_matches(function() qm.options.read({ { "a", "b", defualt = 3 } }, {}) end, "did you mean 'default'?",
-      1, true)
-    assert.error_matches(function() qm.options.read({ { "a", "b" }, { "a", "c" } }, {}) end, "different names", 1, true)
+    assert.error_matches(function() qm.options.read({}, { { "a", 3, "b", chioces = { 3 } } }) end,
+      "did you mean 'choices'?", 1, true)
+    assert.error_matches(function() qm.options.read({}, { { "a", 1, "b" }, { "a", 2, "c" } }) end,
+      "different names", 1, true)
+    assert.error_matches(function() qm.options.read({}, { { "a", 1 } }) end, "'help' is needed", 1, true)
   end)
 end)

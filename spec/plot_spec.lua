@@ -38,7 +38,7 @@ describe("qm.plot", function()
     local path, reason = qm.plot.curves(folder .. "/a.svg", {
       { name = "held_out 'x' `id`", x = { 1, 10, 100, 20000 }, y = { 4, 3, 0 / 0, 2 }, style = "both", dashed = true },
       { name = "other", x = qm.tensor({ 0, 1, 2 }), y = qm.tensor({ 5, 4, 3 }), smooth = 3 },
-    }, { title = "a_b \"c\"\nset output", x_label = "step", y_label = "loss", log = "x" })
+    }, { title = "a_b \"c\"\nset output", x = "step", y = "loss", log = "x" })
     if missing(reason) then return pending(reason) end
     local text = qm.files.read(assert(path, reason))
     for _, word in ipairs({ "held_out 'x' `id`", "other", "a_b \"c\" set output", ">step<", ">loss<", "10k" }) do
@@ -79,7 +79,7 @@ describe("qm.plot", function()
 
   it("draws runs from their metrics", function()
     for _, run in ipairs({ "a", "b" }) do
-      local metrics = qm.progress.metrics(("%s/%s.jsonl"):format(folder, run))
+      local metrics = qm.metrics.open(("%s/%s.jsonl"):format(folder, run))
       for step = 1, 5 do metrics:write({ step = step, loss = step > 4 and 0 / 0 or 3 / step, lr = 1 }) end
       metrics:close()
     end
@@ -102,6 +102,8 @@ describe("qm.plot", function()
     assert.error_matches(draw(one, nil, "x.jpg"), "a name ending in .png or .svg, got string 'x.jpg'", 1, true)
     assert.error_matches(draw({}), "at least one series", 1, true)
     assert.error_matches(draw({ { x = { 1 }, y = { 1, 2 } } }), "argument 'series[1].x': expected 2 numbers", 1, true)
+    assert.error_matches(draw({ { points = { 1 } } }), "argument 'series[1].points[1]': expected a table", 1, true)
+    assert.error_matches(draw({ { name = "x" } }), "argument 'series[1].y': expected a table", 1, true)
     assert.error_matches(draw({ { y = { "a" } } }), "argument 'series[1].y': expected a number", 1, true)
     assert.error_matches(draw({ { y = { 1 }, colour = "red" } }), "unknown option 'colour'", 1, true)
     assert.error_matches(draw(one, { log = "z" }), "argument 'log'", 1, true)

@@ -13,7 +13,7 @@ describe("qm.progress", function()
   it("prints a line every so many steps where there is no terminal", function()
     local line, seen, pass = stage({ steps = 100, tokens_per_step = 1000, every = 50, smoothing = 0, terminal = false })
     for step = 0, 100 do
-      line:update({ step = step, loss = 100 / (step + 1), lr = 3e-4, text = step == 100 and "done" or nil })
+      line:update(step, { loss = 100 / (step + 1), lr = 3e-4, text = step == 100 and "done" or nil })
       pass(0.5)
     end
     line:finish()
@@ -24,11 +24,11 @@ describe("qm.progress", function()
 
   it("rewrites the line on a terminal, covering what was longer", function()
     local line, seen, pass = stage({ steps = 3, terminal = true })
-    line:update({ step = 1, loss = 2, text = "something long" })
+    line:update(1, { loss = 2, text = "something long" })
     pass(0.01)
-    line:update({ step = 2, loss = 2 }) -- too soon to be seen
+    line:update(2, { loss = 2 }) -- too soon to be seen
     pass(1)
-    line:update({ step = 3, loss = 2 })
+    line:update(3, { loss = 2 })
     line:note("saved")
     line:finish()
     local first, second = "step 1/3   33 %  loss 2.0000  something long", "step 3/3  100 %  loss 2.0000"
@@ -38,11 +38,11 @@ describe("qm.progress", function()
 
   it("smooths the loss without a bias at the start, and shows NaN as it comes", function()
     local line, seen = stage({ steps = 10, every = 1, smoothing = 0.5, terminal = false })
-    line:update({ step = 1, loss = 4 })
+    line:update(1, { loss = 4 })
     assert.equal(4, line.loss)
-    line:update({ step = 2, loss = 1 })
+    line:update(2, { loss = 1 })
     assert.near((0.5 * 4 + 1) / 1.5, line.loss, 1e-12)
-    line:update({ step = 3, loss = 0 / 0 })
+    line:update(3, { loss = 0 / 0 })
     assert.truthy(seen():find("loss %-?nan"))
     assert.near(2, line.loss, 1e-12)
   end)
@@ -57,43 +57,38 @@ describe("qm.progress", function()
     assert.equal("3 d 2 h", progress.duration(3 * 86400 + 2 * 3600 + 5))
   end)
 
-  describe("metrics", function()
-    local path
-    before_each(function() path = os.tmpname() end)
-    after_each(function() os.remove(path) end)
+  it("keeps metrics and curves in the run's folder, over a resumption", function()
+    local folder = os.tmpname()
+    os.remove(folder)
+    local path = folder .. "/metrics.jsonl"
+    local function run(first, last)
+      local line = stage({ steps = 4, terminal = false, out = folder })
+      for step = first, last do
+        line:update(step, { loss = 10 - step, lr = 1 })
+        if step == 2 then line:evaluated(step, 5) end
+      end
+      local curves = line:curves()
+      line:finish()
+      return curves
+    end
+    run(1, 3)
+    local expected = run(1, 4) -- anew: the first run's lines are gone
+    assert.same({ { 1, 9 }, { 2, 8 }, { 3, 7 }, { 4, 6 } }, expected[1].points)
+    assert.same({ { 2, 5 } }, expected[2].points)
+    local text = qm.files.read(path)
+    assert.equal('{"step":1,"loss":9,"lr":1}\n{"step":2,"loss":8,"lr":1}\n{"step":2,"held_out":5}\n'
+      .. '{"step":3,"loss":7,"lr":1}\n{"step":4,"loss":6,"lr":1}\n', text)
+    assert.same(expected, run(3, 4)) -- resumed behind step 2
+    assert.equal(text, qm.files.read(path))
+    os.execute("rm -r " .. folder)
+  end)
 
-    it("writes one line of JSON a record, at once", function()
-      local metrics = progress.metrics(path)
-      metrics:write({ loss = 1.5, step = 1, note = "a\"b" })
-      assert.equal('{"step":1,"loss":1.5,"note":"a\\"b"}\n', qm.files.read(path))
-      metrics:write({ step = 2, loss = 0 / 0, lr = math.huge })
-      assert.equal('{"step":2,"loss":null,"lr":null}\n', qm.files.read(path):match("\n(.*)$"))
-      metrics:close()
-      local records = progress.read_metrics(path)
-      assert.equal(2, #records)
-      assert.equal(1.5, records[1].loss)
-    end)
-
-    it("goes on behind what is there, or behind a step", function()
-      qm.files.write(path, '{"step":1,"loss":3.00}\n{"note":"x"}\n{"step":2}\n{"step":3}\n{"step":4,"lo')
-      progress.metrics(path, { after = 2 }):write({ step = 3, again = true })
-      assert.equal('{"step":1,"loss":3.00}\n{"note":"x"}\n{"step":2}\n{"step":3,"again":true}\n', qm.files.read(path))
-      progress.metrics(path):write({ step = 4 })
-      assert.equal(5, #progress.read_metrics(path))
-    end)
-
-    it("names the file that is full, missing or damaged", function()
-      local full = progress.metrics("/dev/full")
-      assert.error_matches(function() full:write({ step = 1 }) end, "/dev/full: No space left on device", 1, true)
-      assert.error_matches(function() progress.metrics("/no/such") end, "/no/such: No such file", 1, true)
-      local records, reason = progress.read_metrics("/no/such")
-      assert.is_nil(records)
-      assert.truthy(reason:find("/no/such: No such file", 1, true))
-      qm.files.write(path, '{"step":1}\nnonsense\n')
-      records, reason = progress.read_metrics(path)
-      assert.is_nil(records)
-      assert.equal(path .. ": line 2 is no JSON object", reason)
-      assert.error_matches(function() progress.metrics(path) end, "line 2 is no JSON object", 1, true)
-    end)
+  it("draws long runs with means, ending at the last step", function()
+    local line = stage({ steps = 5001, terminal = false })
+    for step = 1, 5001 do line:update(step, { loss = step }) end
+    local points = line:curves()[1].points
+    assert.equal(1667, #points)
+    assert.same({ 3, 2 }, points[1])
+    assert.same({ 5001, 5000 }, points[#points])
   end)
 end)

@@ -41,7 +41,7 @@ for _, name in ipairs({
 end
 
 -- Modules that load when first named: qm.nn is require("quartermoon.nn").
-local MODULES = { clock = true, options = true, progress = true, nn = true, models = true, optim = true,
+local MODULES = { clock = true, options = true, progress = true, metrics = true, nn = true, models = true, optim = true,
   schedule = true, projector = true, data = true, tokenizer = true, checkpoints = true, safetensors = true,
   plot = true, files = true, repl = true, cli = true }
 

@@ -1,16 +1,21 @@
 ---The command line of a script: declared options with types, defaults and help.
 ---
----    local options = qm.options.parse({
----      usage = "scripts/train_lm.lua [options] TEXT",
+---    local o = qm.options.parse(arg, {
+---      name = "scripts/train_lm.lua",
 ---      about = "Train a small language model on a text.",
----      arguments = { { "text", "the text to learn" } },
----      { "steps", "optimizer steps", default = 1500 },
----      { "lr", "peak learning rate", default = 3e-3, min = 0 },
----      { "dtype", "type of the activations", default = "bf16", choices = { "f32", "bf16" } },
----      { "resume", "continue from the checkpoint", default = false },
----      { "out", "folder of the run", type = "string" },
+---      arguments = { { "text", nil, "the text to learn" } },
+---      { "steps", 1500, "optimizer steps" },
+---      { "lr", 3e-3, "peak learning rate", min = 0 },
+---      { "dtype", "bf16", "type of the activations", choices = { "f32", "bf16" } },
+---      { "resume", false, "continue from the checkpoint" },
+---      { "group-size", 64, "weights that share a scale", value = "WEIGHTS" },
 ---    })
----    options.steps, options.text, options.resume ...
+---    o.steps, o.text, o.resume, o.group_size ...
+---
+---An option is { name, default, help }, then what else there is to say: type, choices, min, max, value
+---(its stand-in on the help page), required. Its type is that of the default. A whole default makes a
+---whole number of it, but for 0 and 1, beside which a fraction makes sense: type = "integer" or
+---"number" says so outright. An argument is the same, and needed unless it has a default.
 
 local check = require("quartermoon.check")
 
@@ -21,6 +26,7 @@ local WIDTH = 100
 ---A name as it is typed: group_size is --group-size.
 local function typed(name) return "--" .. name:gsub("_", "-") end
 
+local POSITIONS = { "name", "default", "help" }
 local DECLARED = { name = check.required, help = check.required, default = check.optional, type = check.optional,
   choices = check.optional, min = check.optional, max = check.optional, required = false, value = check.optional }
 
@@ -28,14 +34,14 @@ local DECLARED = { name = check.required, help = check.required, default = check
 local function complete(name, given)
   local named = {}
   for key, value in pairs(check.type(name, "declaration", given, "table")) do
-    named[key == 1 and "name" or key == 2 and "help" or key] = value
+    named[POSITIONS[key] or key] = value
   end
   local option = check.options(name, named, DECLARED)
-  check.type(name, "name", option.name, "string")
+  option.name = check.type(name, "name", option.name, "string"):gsub("-", "_")
   check.type(name, "help", option.help, "string")
   local default = option.default
   option.type = option.type or type(default) == "boolean" and "flag" or type(default) == "string" and "string"
-    or type(default) == "number" and (default % 1 == 0 and "integer" or "number") or "string"
+    or type(default) == "number" and (default % 1 == 0 and math.abs(default) > 1 and "integer" or "number") or "string"
   check.one_of(name, option.name .. ".type", option.type, { "flag", "string", "integer", "number" })
   if option.type == "flag" and default == nil then option.default = false end
   return option
@@ -137,12 +143,10 @@ local function read_words(declared, words, values)
 end
 
 ---Read the words of a command line.
----@param declaration table  see the top of this file; an option is { name, help, default =, type =
----  "flag", "string", "integer" or "number", choices =, min =, max =, required = true, value = its
----  name in the help }, an argument the same in `arguments`, needed unless it has a default
 ---@param words string[]
+---@param declaration table  see the top of this file
 ---@return table|nil values, string|nil reason  nil and "help", or nil and what is wrong
-function M.read(declaration, words)
+function M.read(words, declaration)
   local name = "qm.options.read"
   local declared = declare(name, check.type(name, "declaration", declaration, "table"))
   local values, reason = read_words(declared, check.type(name, "words", words, "table"), {})
@@ -186,7 +190,7 @@ local function right_column(option)
     text = text .. ": " .. table.concat(words, ", ")
   end
   if option.required then return text .. " (needed)" end
-  if option.default == nil or option.type == "flag" then return text end
+  if option.default == nil or option.default == "" or option.type == "flag" then return text end
   return ("%s (default %s)"):format(text, tostring(option.default))
 end
 
@@ -195,7 +199,12 @@ end
 function M.help(declaration)
   local declared = declare("qm.options.help", declaration)
   local out, rows = {}, {}
-  out[1] = "usage: " .. (declaration.usage or "script [options]") .. "\n"
+  local usage = { "usage: " .. (declaration.name or "script"), "[options]" }
+  for _, argument in ipairs(declared.arguments) do
+    local word = argument.name:upper()
+    usage[#usage + 1] = argument.default == nil and word or "[" .. word .. "]"
+  end
+  out[1] = table.concat(usage, " ") .. "\n"
   if declaration.about then out[2] = "\n" .. wrap(declaration.about, 0) .. "\n" end
   for _, argument in ipairs(declared.arguments) do
     rows[#rows + 1] = { argument.name:upper(), right_column(argument) }
@@ -213,19 +222,20 @@ function M.help(declaration)
   return table.concat(out)
 end
 
----Read the command line of the running script. --help prints the help and ends the program; a
----mistake is printed and ends it with status 2.
----@param declaration table
----@param words string[]|nil  default: the script's `arg`
+---Read the command line of a script. --help prints the help and ends the program; a mistake is
+---printed and ends it with status 2.
+---@param words string[]     the script's `arg`
+---@param declaration table  see the top of this file
 ---@return table values
-function M.parse(declaration, words)
-  local values, reason = M.read(declaration, words or _G.arg or {})
+function M.parse(words, declaration)
+  local values, reason = M.read(words, declaration)
   if values then return values end
   if reason == "help" then
     io.stdout:write(M.help(declaration))
+    io.stdout:flush()
     os.exit(0)
   end
-  io.stderr:write(reason, "\n", "usage: ", declaration.usage or "script [options]", "   (--help tells more)\n")
+  io.stderr:write(("%s: %s\n--help tells what there is.\n"):format(declaration.name or "script", reason))
   os.exit(2)
 end
 

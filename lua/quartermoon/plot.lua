@@ -3,11 +3,12 @@
 ---    qm.plot.curves("loss.png", {
 ---      { name = "training", x = steps, y = losses },
 ---      { name = "held out", x = eval_steps, y = eval_losses, style = "both" },
----    }, { title = "KJV, 4 bit", x_label = "step", y_label = "loss (nats/byte)", log = "x" })
+---    }, { title = "KJV, 4 bit", x = "step", y = "loss (nats/byte)", log = "x" })
 
 local binding = require("quartermoon.ffi")
 local check = require("quartermoon.check")
 local files = require("quartermoon.files")
+local metrics = require("quartermoon.metrics")
 
 local M = {}
 
@@ -70,16 +71,17 @@ local function numbers(name, argument, values)
   return values
 end
 
-local SERIES = { name = check.optional, x = check.optional, y = check.required, style = "line", dashed = false,
-  smooth = 1 }
+local SERIES = { name = check.optional, x = check.optional, y = check.optional, points = check.optional,
+  style = "line", dashed = false, smooth = 1 }
 
----The mean of each point and its neighbours, `width` in all; fewer at the ends.
+---The mean of each point and its neighbours, `width` in all. At the start, where losses fall steeply,
+---the window shrinks on both sides, lest the mean lie beside the curve; at the end only on one.
 local function smoothed(points, width)
   local reach, result = math.floor(width / 2), {}
   for i = 1, #points do
     local sum, count = 0, 0
-    local here = math.min(reach, i - 1, #points - i)
-    for j = i - here, i + here do
+    local here = math.min(reach, i - 1)
+    for j = i - here, math.min(i + here, #points) do
       if points[j] then sum, count = sum + points[j][2], count + 1 end
     end
     result[i] = points[i] and { points[i][1], sum / count }
@@ -94,6 +96,14 @@ local function prepare(name, series, log)
     local where = ("series[%d]"):format(i)
     given = check.options(name .. ": " .. where, given, SERIES)
     check.one_of(name, where .. ".style", given.style, { "line", "points", "both", "steps" })
+    if given.points then
+      check.type(name, where .. ".points", given.points, "table")
+      given.x, given.y = {}, {}
+      for j, point in ipairs(given.points) do
+        check.type(name, ("%s.points[%d]"):format(where, j), point, "table")
+        given.x[j], given.y[j] = point[1] or false, point[2] or false
+      end
+    end
     local y = numbers(name, where .. ".y", given.y)
     local x = given.x and numbers(name, where .. ".x", given.x)
     if x and #x ~= #y then check.fail(name, where .. ".x", #y .. " numbers, as in y", #x) end
@@ -174,8 +184,8 @@ local function program(output, list, ranges, log, options)
     end
   end
   text("title", options.title, (":Bold,%d"):format(math.floor(options.font_size * 1.25)))
-  text("xlabel", options.x_label, "," .. options.font_size)
-  text("ylabel", options.y_label, "," .. options.font_size)
+  text("xlabel", options.x, "," .. options.font_size)
+  text("ylabel", options.y, "," .. options.font_size)
   local plots = {}
   local function draw(points, item, colour, title)
     local dots = item.style == "points" or item.style == "both"
@@ -212,16 +222,16 @@ local function run(text)
   return true
 end
 
-local OPTIONS = { title = check.optional, x_label = check.optional, y_label = check.optional, log = "",
+local OPTIONS = { title = check.optional, x = check.optional, y = check.optional, log = "",
   x_range = check.optional, y_range = check.optional, legend = "top right", width = 1200, height = 720, font_size = 15 }
 
 ---Draw curves into a picture. Numbers that cannot be drawn (not finite, or not above 0 on a
 ---logarithmic axis) leave a gap.
 ---@param path string  ends in .png or .svg; replaced when the picture is complete
----@param series table[]  each { y = numbers, x = numbers (1, 2, ...), name = for the legend,
----  style = "line", "points", "both" or "steps", dashed = false, smooth = 1: draw the mean over so
----  many points, and the points faintly behind it }; numbers: a list or a tensor
----@param options table|nil  title, x_label, y_label; log = "x", "y" or "xy"; x_range, y_range =
+---@param series table[]  each { y = numbers, x = numbers (1, 2, ...) } or { points = { { x, y }, ... } },
+---  with name: for the legend; style = "line", "points", "both" or "steps"; dashed = false; smooth = 1:
+---  draw the mean over so many points, and the points faintly behind it; numbers: a list or a tensor
+---@param options table|nil  title; x, y: what the axes show; log = "x", "y" or "xy"; x_range, y_range =
 ---  { low, high }; legend = "top right", "bottom left" ...; width, height in pixels; font_size
 ---@return string|nil path, string|nil reason  nil and the reason when gnuplot is missing or fails
 function M.curves(path, series, options)
@@ -251,32 +261,32 @@ function M.curves(path, series, options)
   return path
 end
 
----Draw one quantity of one or several runs from their metrics files (JSON lines, as
----qm.progress.metrics writes them).
+---Draw one quantity of one or several runs from their metrics files.
 ---@param path string  ends in .png or .svg
 ---@param runs table<string, string>|string  a metrics file, or { [name] = file, ... }
----@param options table|nil  x = "step", y = "loss": which fields; smooth; and all of qm.plot.curves
+---@param options table|nil  fields = { "step", "loss" }: what to draw; smooth; and all of qm.plot.curves
 ---@return string|nil path, string|nil reason
 function M.metrics(path, runs, options)
   local name = "qm.plot.metrics"
   if type(runs) == "string" then runs = { [runs:match("[^/]*$")] = runs } end
   check.type(name, "runs", runs, "table")
-  local fields, rest = { x = "step", y = "loss", smooth = 1 }, {}
-  for key, value in pairs(options or {}) do (fields[key] and fields or rest)[key] = value end
-  rest.x_label, rest.y_label = rest.x_label or fields.x, rest.y_label or fields.y
+  local rest = {}
+  for key, value in pairs(options or {}) do rest[key] = value end
+  local fields, smooth = rest.fields or { "step", "loss" }, rest.smooth
+  rest.fields, rest.smooth = nil, nil
+  rest.x, rest.y = rest.x or fields[1], rest.y or fields[2]
   local names, series = {}, {}
   for run_name in pairs(runs) do names[#names + 1] = run_name end
   table.sort(names)
   for i, run_name in ipairs(names) do
-    local lines, reason = require("quartermoon.progress").read_metrics(runs[run_name])
+    local lines, reason = metrics.read(runs[run_name])
     if not lines then binding.raise(name .. ": " .. reason) end
-    local x, y = {}, {}
+    local points = {}
     for _, line in ipairs(lines) do
-      if type(line[fields.x]) == "number" and type(line[fields.y]) == "number" then
-        x[#x + 1], y[#y + 1] = line[fields.x], line[fields.y]
-      end
+      local x, y = line[fields[1]], line[fields[2]]
+      if type(x) == "number" and type(y) == "number" then points[#points + 1] = { x, y } end
     end
-    series[i] = { name = run_name, x = x, y = y, smooth = fields.smooth }
+    series[i] = { name = run_name, points = points, smooth = smooth }
   end
   return M.curves(path, series, rest)
 end

@@ -17,6 +17,8 @@ local M = {}
 ---@field tokens qm.Tensor       u8 or i32 [count], on the CPU
 ---@field count integer          how many tokens there are
 ---@field tokenizer qm.Tokenizer|nil
+---@field chars_per_token number  of the text (UTF-8), to turn nats per token into nats per character; 1
+---  where there is no text
 ---@field train_count integer, held_out_count integer  tokens on either side
 local Dataset = {}
 Dataset.__index = Dataset
@@ -46,14 +48,14 @@ end
 
 ---Open a text, or tokens in memory.
 ---
----A text's tokens are written once to "<path>.tokens" and mapped from then on; they are made anew
----when the text or the tokenizer has changed.
+---A text's tokens are written once to "<path>.<tokenizer>.tokens" and mapped from then on; they are
+---made anew when the text has changed.
 ---@param source string|qm.Tensor|integer[]  a text's path; or token ids: u8 or i32 [count], or a list
 ---@param options table|nil
 ---  tokenizer = qm.tokenizer.byte();
 ---  held_out = 0.05: the share of blocks that training never sees, 0 to 0.5, as every 1/held_out-th;
 ---  blocks = 400: how many equal blocks the tokens are cut into;
----  cache_dir: where the tokens go (an existing folder), default beside the text;
+---  cache_dir: where the tokens go (a folder, made if need be), default beside the text;
 ---  delimiter: text that separates documents; each ends with the tokenizer's special token
 ---    "<|end|>" instead, and no batch's sequence crosses it
 ---@return qm.Dataset
@@ -77,8 +79,8 @@ function M.open(source, options)
   if type(source) == "string" then
     self.tokenizer = tokenizer or tokenizers.byte()
     self.path = source
-    self.tokens, self.tokenized = cache.tokens(name, source, self.tokenizer, { cache_dir = options.cache_dir,
-      delimiter = options.delimiter, end_id = end_id })
+    self.tokens, self.characters, self.tokenized = cache.tokens(name, source, self.tokenizer,
+      { cache_dir = options.cache_dir, delimiter = options.delimiter, end_id = end_id })
   elseif check.is_tensor(source) then
     if #source.shape ~= 1 or (source.dtype ~= "u8" and source.dtype ~= "i32") then
       check.fail(name, "source", "token ids u8 or i32 [count]", source)
@@ -91,6 +93,7 @@ function M.open(source, options)
   end
   self.tokens:keep()
   self.count = self.tokens.shape[1]
+  self.chars_per_token = self.characters and self.count > 0 and self.characters / self.count or 1
   self.train, self.held = divide(self.count, options.blocks,
     options.held_out > 0 and math.floor(1 / options.held_out + 0.5) or nil)
   self.train_count, self.held_out_count = total(self.train), total(self.held)
