@@ -11,6 +11,10 @@ void QM_CPU(level)(qm_kernels *kernels) {
   kernels->copy = QM_CPU(copy);
   kernels->fill = QM_CPU(fill);
   kernels->gather = QM_CPU(gather);
+  kernels->mpq_dequantize = QM_CPU(mpq_dequantize);
+  kernels->mpq_fit = QM_CPU(mpq_fit);
+  kernels->mpq_pack = QM_CPU(mpq_pack);
+  kernels->mpq_unpack = QM_CPU(mpq_unpack);
   kernels->mpq_update = QM_CPU(mpq_update);
   kernels->rms_norm = QM_CPU(rms_norm);
   kernels->rms_norm_backward = QM_CPU(rms_norm_backward);

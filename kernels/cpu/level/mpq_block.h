@@ -49,6 +49,15 @@ static inline uint32_t *qm_mpq_words(void *words, int32_t bits, const qm_mpq_vie
   return (uint32_t *)words + p / (32 / bits) * q->n + block->first;
 }
 
+/* Put filled words back when row p is their last, and begin the next ones. */
+static inline void qm_mpq_flush(void *words, uint32_t *filled, int32_t bits, const qm_mpq_view *q,
+                                const qm_mpq_block *grid, int64_t p) {
+  const int64_t per_word = 32 / bits;
+  if (p % per_word != per_word - 1) return;
+  memcpy(qm_mpq_words(words, bits, q, grid, p), filled, (size_t)grid->count * sizeof *filled);
+  memset(filled, 0, (size_t)grid->count * sizeof *filled);
+}
+
 /* floor and round for |x| < 2^22 without the instruction that old levels lack: adding 1.5 * 2^23
 ** rounds to an integer, halves to even. */
 static inline float qm_mpq_rint(float x) { return (x + 12582912.0f) - 12582912.0f; }

@@ -76,8 +76,8 @@ static inline __attribute__((always_inline)) void step_row(const update_call *ca
     const float move = floor_limited > QM_MPQ_MOVE_MAX ? QM_MPQ_MOVE_MAX : floor_limited;
     int32_t start = code;
     if (feedback == QM_FEEDBACK_RESIDUAL)
-      start = (code << span.bits) +
-              (int32_t)(residual[j] >> residual_shift & residual_mask) - span.half;
+      start = (code << span.bits) + (int32_t)(residual[j] >> residual_shift & residual_mask) -
+              span.half;
     float wanted;
     if (rounding == QM_ROUND_STOCHASTIC) {
       const float low = qm_mpq_floor(move);
@@ -165,6 +165,31 @@ static void store_bf16(const update_call *call, update_block *block, const qm_ar
   for (int64_t j = 0; j < block->grid.count; j++) out[j] = qm_to_bf16_stochastic(x[j], random[j]);
 }
 
+/* Ask for the cache lines of x that elements at .. at + count - 1 of a row lie in. */
+static void prefetch(const qm_array *x, int64_t at, int64_t count) {
+  const int64_t size_bytes = x->dtype == QM_F32 ? 4 : 2;
+  const char *line = (const char *)x->data + at * size_bytes;
+  for (int64_t i = 0; i < count * size_bytes; i += 64) __builtin_prefetch(line + i);
+}
+
+/* The row's random bits; meanwhile the next row is on its way: the memory would idle here, and the
+** hardware's own prefetching stops at every row's end. */
+static void draw(const update_call *call, update_block *block, int64_t element, int64_t next) {
+  enum { PIECE = 64 };
+  const qm_mpq_update_args *args = call->args;
+  const qm_noise noise = qm_mpq_noise(&args->options.adam.noise, QM_STREAM_CODES);
+  const int64_t n = block->grid.count;
+  for (int64_t j = 0; j < n; j += PIECE) {
+    const int64_t count = QM_MIN(PIECE, n - j);
+    prefetch(&args->grad, next + j, count);
+    if (call->has_moments) {
+      prefetch(&args->exp_avg, next + j, count);
+      prefetch(&args->exp_avg_sq, next + j, count);
+    }
+    qm_noise_words(block->random + j, &noise, (uint64_t)(element + j), count);
+  }
+}
+
 static void update_row_at(const update_call *call, update_block *block, int64_t p,
                           update_counts *counts) {
   const qm_mpq_update_args *args = call->args;
@@ -185,23 +210,14 @@ static void update_row_at(const update_call *call, update_block *block, int64_t 
     row.v = f32_row(&args->exp_avg_sq, at, n, block->v);
   }
   if (args->options.rounding == QM_ROUND_STOCHASTIC) {
-    const qm_noise noise = qm_mpq_noise(&args->options.adam.noise, QM_STREAM_CODES);
-    qm_noise_words(block->random, &noise, (uint64_t)element, n);
+    const int64_t next = qm_mpq_feature(q, QM_MIN(p + 1, q->k - 1)) * q->n + block->grid.first;
+    draw(call, block, element, next);
   }
   choose_step(call, block, &row, counts);
   if (call->half_moments) {
     store_bf16(call, block, &args->exp_avg, block->m, QM_STREAM_EXP_AVG, at, element);
     store_bf16(call, block, &args->exp_avg_sq, block->v, QM_STREAM_EXP_AVG_SQ, at, element);
   }
-}
-
-/* Put filled words back when row p is their last, and begin the next ones. */
-static void flush(void *words, uint32_t *filled, int32_t bits, const qm_mpq_view *q,
-                  const qm_mpq_block *grid, int64_t p) {
-  const int64_t per_word = 32 / bits;
-  if (p % per_word != per_word - 1) return;
-  memcpy(qm_mpq_words(words, bits, q, grid, p), filled, (size_t)grid->count * sizeof *filled);
-  memset(filled, 0, (size_t)grid->count * sizeof *filled);
 }
 
 static update_counts update_rows(const update_call *call, int64_t first_row, int64_t end_row,
@@ -216,9 +232,9 @@ static update_counts update_rows(const update_call *call, int64_t first_row, int
   memset(block.residual, 0, sizeof block.residual);
   for (int64_t p = first_row; p < end_row; p++) {
     update_row_at(call, &block, p, &counts);
-    flush(q->data.data, block.codes, q->w_bit, q, &block.grid, p);
+    qm_mpq_flush(q->data.data, block.codes, q->w_bit, q, &block.grid, p);
     if (call->span.bits > 0)
-      flush(q->residual.data, block.residual, call->span.bits, q, &block.grid, p);
+      qm_mpq_flush(q->residual.data, block.residual, call->span.bits, q, &block.grid, p);
   }
   return counts;
 }
@@ -239,8 +255,8 @@ int32_t QM_CPU(mpq_update)(void *context, const qm_mpq_update_args *args) {
 #pragma omp parallel for collapse(2) schedule(static) reduction(+ : moved, clipped, skipped) if (count > QM_MPQ_SERIAL_MAX)
   for (int64_t p = 0; p < q->k; p += CHUNK_ROWS) {
     for (int64_t n = 0; n < q->n; n += QM_MPQ_COLUMNS) {
-      const update_counts counts = update_rows(&call, p, QM_MIN(p + CHUNK_ROWS, q->k), n,
-                                               QM_MIN(QM_MPQ_COLUMNS, q->n - n));
+      const update_counts counts =
+          update_rows(&call, p, QM_MIN(p + CHUNK_ROWS, q->k), n, QM_MIN(QM_MPQ_COLUMNS, q->n - n));
       moved += counts.moved;
       clipped += counts.clipped;
       skipped += counts.skipped;

@@ -1,0 +1,80 @@
+/* mpq_dequantize.c - packed codes to weights in feature order, row by row over blocks of columns.
+**
+** Reference: kernels/reference/mpq_dequantize.c, equal bit for bit.
+** Cost:      reads w_bit / 8 bytes and writes the weight's 2 or 4 an element: memory bound.
+*/
+#include "mpq_block.h"
+
+/* code * scale - zero, rounded once. Up to 8 bits times a 16-bit float is exact in f32, so that the
+** old levels, where fma is a library call, need it for f32 scales alone. */
+static inline float decode_sym(float code, float scale, float zero, int exact_product) {
+#if !defined(__FMA__) && !defined(__aarch64__)
+  if (exact_product) return code * scale - zero;
+#else
+  (void)exact_product;
+#endif
+  return __builtin_fmaf(code, scale, -zero);
+}
+
+static void decode_row(float *restrict out, const qm_mpq_view *q, const qm_mpq_block *block,
+                       int64_t p, int with_residual) {
+  const uint32_t *restrict words = qm_mpq_words(q->data.data, q->w_bit, q, block, p);
+  const float *restrict scale = block->scale, *restrict zero = block->zero;
+  const int32_t shift = q->w_bit * (int32_t)(p % (32 / q->w_bit));
+  const uint32_t mask = qm_mpq_mask(q->w_bit);
+  const int64_t n = block->count;
+  for (int64_t j = 0; j < n; j++) out[j] = (float)(int32_t)(words[j] >> shift & mask);
+  if (with_residual) {
+    const qm_mpq_span span = qm_mpq_span_of(q);
+    const uint32_t *restrict rest = qm_mpq_words(q->residual.data, span.bits, q, block, p);
+    const int32_t rest_shift = span.bits * (int32_t)(p % (32 / span.bits));
+    const uint32_t rest_mask = qm_mpq_mask(span.bits);
+    const float step = 1.0f / span.unit; /* a power of two */
+    for (int64_t j = 0; j < n; j++)
+      out[j] += (float)((int32_t)(rest[j] >> rest_shift & rest_mask) - span.half) * step;
+  }
+  const int exact_product = q->scales.dtype != QM_F32 && !with_residual;
+  if (q->asym)
+    for (int64_t j = 0; j < n; j++) out[j] = scale[j] * (out[j] - zero[j]);
+  else if (exact_product)
+    for (int64_t j = 0; j < n; j++) out[j] = decode_sym(out[j], scale[j], zero[j], 1);
+  else
+    for (int64_t j = 0; j < n; j++) out[j] = decode_sym(out[j], scale[j], zero[j], 0);
+}
+
+int32_t QM_CPU(mpq_dequantize)(void *context, const qm_mpq_dequantize_args *args) {
+  if (args->form == QM_DECODE_BIE) return qm_reference_mpq_dequantize(context, args);
+  const qm_mpq_view *q = &args->q;
+  const int with_residual = args->form == QM_DECODE_RESIDUAL && q->residual.data != NULL;
+  const int64_t count = q->k * q->n;
+#pragma omp parallel for collapse(2) schedule(static) if (count > QM_MPQ_SERIAL_MAX)
+  for (int64_t row = 0; row < q->k; row += QM_MPQ_ROWS) {
+    for (int64_t n = 0; n < q->n; n += QM_MPQ_COLUMNS) {
+      qm_mpq_block block = {.first = n, .count = QM_MIN(QM_MPQ_COLUMNS, q->n - n), .group = -1};
+      float buffer[QM_MPQ_COLUMNS];
+      for (int64_t p = row; p < row + QM_MPQ_ROWS; p++) {
+        const int64_t at = qm_mpq_feature(q, p) * q->n + n;
+        float *out = args->w.dtype == QM_F32 ? (float *)args->w.data + at : buffer;
+        qm_mpq_enter_group(&block, q, qm_mpq_group(q, p));
+        decode_row(out, q, &block, p, with_residual);
+        if (out == buffer) qm_narrow(buffer, args->w.data, args->w.dtype, at, block.count);
+      }
+    }
+  }
+  return QM_OK;
+}
+
+int32_t QM_CPU(mpq_unpack)(void *context, const qm_mpq_unpack_args *args) {
+  (void)context;
+  const qm_mpq_view *q = &args->q;
+  const uint32_t mask = qm_mpq_mask(q->w_bit);
+  const int64_t n = q->n, per_word = 32 / q->w_bit;
+#pragma omp parallel for schedule(static) if (q->k * n > QM_MPQ_SERIAL_MAX)
+  for (int64_t p = 0; p < q->k; p++) {
+    const uint32_t *restrict words = (const uint32_t *)q->data.data + p / per_word * n;
+    uint8_t *restrict codes = (uint8_t *)args->codes.data + p * n;
+    const int32_t shift = q->w_bit * (int32_t)(p % per_word);
+    for (int64_t j = 0; j < n; j++) codes[j] = (uint8_t)(words[j] >> shift & mask);
+  }
+  return QM_OK;
+}
