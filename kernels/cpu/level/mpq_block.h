@@ -1,15 +1,15 @@
 /* mpq_block.h - blocks of columns of a quantized parameter, for loops that the compiler vectorizes.
 **
-** A kernel walks 32 packed rows at a time (whole words at every width) over a block of columns, whose
-** scales and zeros it holds in f32 and reloads where the group changes. */
+** A kernel walks 32 packed rows at a time (whole words at every width) over a block of columns,
+** whose scales and zeros it holds in f32 and reloads where the group changes. */
 #ifndef QM_CPU_MPQ_BLOCK_H
 #define QM_CPU_MPQ_BLOCK_H
 
 #include "mpq.h"
 #include "vector.h"
 
-/* Columns of a block: 4 KiB of f32, one page of each operand's row. A multiple of 32, so that packed
-** zero points begin at a word. */
+/* Columns of a block: 4 KiB of f32, one page of each operand's row. A multiple of 32, so that
+** packed zero points begin at a word. */
 enum { QM_MPQ_COLUMNS = 1024, QM_MPQ_ROWS = 32 };
 /* Below this many elements a team of threads costs more than it brings. */
 enum { QM_MPQ_SERIAL_MAX = 1 << 14 };

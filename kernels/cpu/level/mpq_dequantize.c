@@ -46,8 +46,7 @@ int32_t QM_CPU(mpq_dequantize)(void *context, const qm_mpq_dequantize_args *args
   if (args->form == QM_DECODE_BIE) return qm_reference_mpq_dequantize(context, args);
   const qm_mpq_view *q = &args->q;
   const int with_residual = args->form == QM_DECODE_RESIDUAL && q->residual.data != NULL;
-  const int64_t count = q->k * q->n;
-#pragma omp parallel for collapse(2) schedule(static) if (count > QM_MPQ_SERIAL_MAX)
+#pragma omp parallel for collapse(2) schedule(static) if (q->k * q->n > QM_MPQ_SERIAL_MAX)
   for (int64_t row = 0; row < q->k; row += QM_MPQ_ROWS) {
     for (int64_t n = 0; n < q->n; n += QM_MPQ_COLUMNS) {
       qm_mpq_block block = {.first = n, .count = QM_MIN(QM_MPQ_COLUMNS, q->n - n), .group = -1};

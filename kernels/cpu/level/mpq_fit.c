@@ -50,8 +50,8 @@ static void find_ends(fit_block *block) {
     const float *restrict w = weight_row(block, *p);
     for (int64_t j = 0; j < block->count; j++) {
       const int finite = fabsf(w[j]) <= FLT_MAX;
-      lo[j] = finite & (w[j] < lo[j]) ? w[j] : lo[j];
-      hi[j] = finite & (w[j] > hi[j]) ? w[j] : hi[j];
+      lo[j] = (finite & (w[j] < lo[j])) ? w[j] : lo[j];
+      hi[j] = (finite & (w[j] > hi[j])) ? w[j] : hi[j];
     }
   }
   for (int64_t j = 0; j < block->count; j++) {

@@ -67,8 +67,7 @@ int32_t QM_CPU(mpq_pack)(void *context, const qm_mpq_pack_args *args) {
   (void)context;
   const qm_mpq_view *q = &args->q;
   const qm_mpq_span span = qm_mpq_span_of(q);
-  const int64_t count = q->k * q->n;
-#pragma omp parallel for collapse(2) schedule(static) if (count > QM_MPQ_SERIAL_MAX)
+#pragma omp parallel for collapse(2) schedule(static) if (q->k * q->n > QM_MPQ_SERIAL_MAX)
   for (int64_t row = 0; row < q->k; row += QM_MPQ_ROWS) {
     for (int64_t n = 0; n < q->n; n += QM_MPQ_COLUMNS) {
       pack_block block;

@@ -1,8 +1,8 @@
 /* mpq_update.c - one Adam step of a quantized parameter, fused: every byte of codes, grid, moments
 ** and gradient is read once and written once.
 **
-** Reference: kernels/reference/mpq_update.c, equal bit for bit (IEEE sqrt and divide, no contraction,
-**            the same random bits).
+** Reference: kernels/reference/mpq_update.c, equal bit for bit (IEEE sqrt and divide, no
+**            contraction, the same random bits).
 ** Cost:      4 bits, f32 moments and gradient: reads 12.5 and writes 8.5 bytes an element, memory
 **            bound; bf16 moments move 8.5 bytes less and draw two more random words.
 */
@@ -175,7 +175,7 @@ static void prefetch(const qm_array *x, int64_t at, int64_t count) {
 /* The row's random bits; meanwhile the next row is on its way: the memory would idle here, and the
 ** hardware's own prefetching stops at every row's end. */
 static void draw(const update_call *call, update_block *block, int64_t element, int64_t next) {
-  enum { PIECE = 64 };
+  enum { PIECE = QM_NOISE_WORDS };
   const qm_mpq_update_args *args = call->args;
   const qm_noise noise = qm_mpq_noise(&args->options.adam.noise, QM_STREAM_CODES);
   const int64_t n = block->grid.count;
@@ -252,7 +252,8 @@ int32_t QM_CPU(mpq_update)(void *context, const qm_mpq_update_args *args) {
   };
   const int64_t count = q->k * q->n;
   int64_t moved = 0, clipped = 0, skipped = 0;
-#pragma omp parallel for collapse(2) schedule(static) reduction(+ : moved, clipped, skipped) if (count > QM_MPQ_SERIAL_MAX)
+#pragma omp parallel for collapse(2) schedule(static) if (count > QM_MPQ_SERIAL_MAX) \
+    reduction(+ : moved, clipped, skipped)
   for (int64_t p = 0; p < q->k; p += CHUNK_ROWS) {
     for (int64_t n = 0; n < q->n; n += QM_MPQ_COLUMNS) {
       const update_counts counts =
