@@ -114,6 +114,25 @@ describe("qm.attention", function()
     end)
   end
 
+  for _, dtype in ipairs({ "f32", "bf16" }) do
+    it("keeps a NaN in its own row, in " .. dtype, function()
+      local values = {}
+      for r = 1, 40 do values[r] = { { r == 7 and 0 / 0 or r / 40, 1 } } end
+      local q, k = qm.tensor(values, { dtype = dtype }), qm.ones({ 40, 1, 2 }, { dtype = dtype })
+      local cu = i32({ 0, 40 }, testing.device)
+      for r, row in ipairs(qm.attention(q, k, k, cu, cu):totable()) do
+        assert.equal(r == 7, row[1][1] ~= row[1][1])
+      end
+    end)
+  end
+
+  it("takes tensors without rows", function()
+    local q, cu = qm.ones({ 0, 4, 8 }):requires_gradient(), i32({ 0, 0 }, testing.device)
+    local out = qm.attention(q, q, q, cu, cu)
+    assert.same({ 0, 4, 8 }, out.shape)
+    out:backward(qm.ones(out.shape))
+  end)
+
   it("survives scores beyond the range of exp", function()
     local q, k = qm.tensor({ { { 300 } }, { { -300 } } }), qm.tensor({ { { 1 } }, { { 0.5 } } })
     local cu = i32({ 0, 2 }, testing.device)

@@ -50,6 +50,27 @@ describe("qm.rope", function()
     testing.assert_close(x, x.grad, 1e-6)
   end)
 
+  it("stretches long wavelengths on request", function()
+    -- theta = 100, D = 4: frequencies 1 and 1/10.
+    local _, linear = qm.rope_tables(4, 2, 100, { scaling = { rope_type = "linear", factor = 8 } })
+    assert.near(math.sin(1 / 8), linear:at(2, 1), 1e-6)
+    assert.near(math.sin(1 / 80), linear:at(2, 2), 1e-6)
+    -- 20 positions: the first pair turns 20 / (2 pi) = 3.18 times in them, the second 0.318 times.
+    local function llama3(low, high)
+      local _, sin = qm.rope_tables(4, 2, 100, { scaling = { rope_type = "llama3", factor = 8, low_freq_factor = low,
+        high_freq_factor = high, original_max_position_embeddings = 20 } })
+      return math.asin(sin:at(2, 1)), math.asin(sin:at(2, 2))
+    end
+    local fast, slow = llama3(1, 3)
+    assert.near(1, fast, 1e-6)
+    assert.near(1 / 80, slow, 1e-6)
+    fast, slow = llama3(0, 4) -- both between: kept parts are turns / 4
+    assert.near((1 - 20 / (8 * math.pi)) / 8 + 20 / (8 * math.pi), fast, 1e-6)
+    assert.near((1 - 2 / (8 * math.pi)) / 80 + 2 / (8 * math.pi) / 10, slow, 1e-6)
+    assert.error_matches(function() qm.rope_tables(4, 2, 100, { scaling = { rope_type = "yarn" } }) end,
+      "argument 'scaling.rope_type': expected one of 'linear', 'llama3', got string 'yarn'", 1, true)
+  end)
+
   it("says which argument is wrong, what it wanted and what it got", function()
     local cos, sin = qm.rope_tables(4, 3)
     local function rope(shape, positions, cosines)

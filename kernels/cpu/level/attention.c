@@ -127,7 +127,7 @@ static void attend(const qm_attention_args *args, const sequence *s, const works
 int32_t QM_CPU(attention)(void *context, const qm_attention_args *args) {
   int32_t status = qm_reference_check_offsets("cu_q", &args->cu_q, args->rows_q);
   if (status == QM_OK) status = qm_reference_check_offsets("cu_k", &args->cu_k, args->rows_k);
-  if (status != QM_OK) return status;
+  if (status != QM_OK || args->q.count == 0) return status;
   if (takes_amx(context, &args->q, &args->k, &args->cu_q)) return QM_CPU(attention_amx)(args);
   const int64_t pairs = args->sequences * args->kv_heads;
   const int64_t blocks =

@@ -105,13 +105,43 @@ function M.rope(x, cos, sin, positions)
   end)
 end
 
+---A pair's frequency stretched for contexts longer than the model was pretrained on: "linear" divides
+---all by factor; "llama3" those whose wavelength is long against the original context, the short ones
+---not at all, and goes over smoothly between.
+local function stretch(frequency, scaling)
+  if scaling.rope_type == "linear" then return frequency / scaling.factor end
+  local turns = scaling.original_max_position_embeddings * frequency / (2 * math.pi)
+  local low, high = scaling.low_freq_factor, scaling.high_freq_factor
+  local kept = math.min(math.max((turns - low) / (high - low), 0), 1)
+  return (1 - kept) * frequency / scaling.factor + kept * frequency
+end
+
+local function check_scaling(name, scaling)
+  check.type(name, "scaling", scaling, "table")
+  check.one_of(name, "scaling.rope_type", scaling.rope_type, { "linear", "llama3" })
+  local llama3 = scaling.rope_type == "llama3" and check.required or check.optional
+  scaling = check.options(name, scaling, { rope_type = check.required, factor = check.required,
+    low_freq_factor = llama3, high_freq_factor = llama3, original_max_position_embeddings = llama3 })
+  check.number(name, "scaling.factor", scaling.factor, 1)
+  if scaling.rope_type == "linear" then return scaling end
+  check.number(name, "scaling.low_freq_factor", scaling.low_freq_factor, 0)
+  check.number(name, "scaling.high_freq_factor", scaling.high_freq_factor, 0)
+  if scaling.high_freq_factor <= scaling.low_freq_factor then
+    check.fail(name, "scaling.high_freq_factor", "a number above low_freq_factor", scaling.high_freq_factor)
+  end
+  check.integer(name, "scaling.original_max_position_embeddings", scaling.original_max_position_embeddings, 1)
+  return scaling
+end
+
 ---The angles of qm.rope: `cos, sin of p * theta^(-2 i / D)` for positions p and pairs i, from 0.
----Computed in f64 and rounded once.
+---Computed in f64 and rounded once. Scaling as in Hugging Face's config.json and its names.
 ---
 ---@param head_size integer      D, even
 ---@param positions_max integer  P: how many positions
 ---@param theta number|nil       the base of the wavelengths, default 10000
----@param options table|nil      { device = default }
+---@param options table|nil      { device = default, scaling = nil or { rope_type = "linear", factor = }
+---   or { rope_type = "llama3", factor =, low_freq_factor =, high_freq_factor =,
+---   original_max_position_embeddings = } }
 ---@return qm.Tensor cos         f32 [P, D/2]
 ---@return qm.Tensor sin         f32 [P, D/2]
 function M.rope_tables(head_size, positions_max, theta, options)
@@ -120,11 +150,13 @@ function M.rope_tables(head_size, positions_max, theta, options)
   if head_size % 2 ~= 0 then check.fail(name, "head_size", "an even number", head_size) end
   check.integer(name, "positions_max", positions_max, 1)
   theta = check.number(name, "theta", theta or 10000, 1)
-  options = check.options(name, options, { device = check.optional })
+  options = check.options(name, options, { device = check.optional, scaling = check.optional })
+  local scaling = options.scaling and check_scaling(name, options.scaling)
   local half = head_size / 2
   local cosines, sines = ffi.new("float[?]", positions_max * half), ffi.new("float[?]", positions_max * half)
   for i = 0, half - 1 do
     local frequency = theta ^ (-2 * i / head_size)
+    if scaling then frequency = stretch(frequency, scaling) end
     for p = 0, positions_max - 1 do
       cosines[p * half + i], sines[p * half + i] = math.cos(p * frequency), math.sin(p * frequency)
     end
