@@ -11,15 +11,16 @@
 
 local qm = require("quartermoon")
 
-local o = qm.options.parse(arg, {
-  name = "scripts/bench/quality.lua", about = "Compare update rules with full precision.",
-  { "steps", 1500, "steps from scratch" },
-  { "pretrain-steps", 2400, "steps of full precision before fine-tuning" },
-  { "tune-steps", 500, "steps of fine-tuning" },
-  { "seeds", 1, "runs per row of (a), averaged" },
-  { "lr", 3e-3, "peak learning rate, from scratch" },
-  { "tune-lr", 1e-3, "peak learning rate of the blocks, fine-tuning" },
-  { "out", "runs/quality", "folder for the pictures" },
+local o = qm.options.parse({
+  usage = "bin/quartermoon scripts/bench/quality.lua [options]",
+  about = "What do weights kept only in low bits cost, from scratch and in fine-tuning?",
+  { "steps", "steps from scratch", default = 1500 },
+  { "pretrain_steps", "steps of full precision before fine-tuning", default = 2400 },
+  { "tune_steps", "steps of fine-tuning", default = 500 },
+  { "seeds", "runs of each row, averaged", default = 1 },
+  { "lr", "peak learning rate from scratch", default = 3e-3 },
+  { "tune_lr", "peak learning rate of the blocks in fine-tuning", default = 1e-3 },
+  { "out", "folder for the pictures", default = "runs/quality" },
 })
 
 local BATCH, CONTEXT, SLICE = 16, 64, 65536
@@ -88,17 +89,15 @@ local function train(row, model, data, steps, lr, rest_lr, seed)
   local optim = qm.optim.new(groups_of(model, row, schedule(lr), schedule(rest_lr)),
     { betas = { 0.9, 0.99 }, weight_decay = 0.1, seed = seed })
   local batches = data:batches({ batch = BATCH, length = CONTEXT, seed = seed })
-  local curve, smooth = {}, nil
+  local curve = {}
   for step = 1, steps do
     qm.scope(function()
       local loss = model:loss(batches:next())
       loss:backward()
       optim:step()
       optim:zero_grad()
-      local value = loss:item()
-      smooth = smooth and 0.98 * smooth + 0.02 * value or value
+      curve[step] = loss:item()
     end)
-    if step % 20 == 0 then curve[#curve + 1] = { step, smooth } end
   end
   local result = { loss = evaluate(model, data), curve = curve, moved = moved_share(optim),
     seconds = qm.clock.now() - started }
@@ -134,12 +133,12 @@ local function say(...) io.stderr:write(string.format(...), "\n") end
 
 local function series_of(results)
   local series = {}
-  for i, result in ipairs(results) do series[i] = { name = result.row.name, points = result.curve } end
+  for i, result in ipairs(results) do series[i] = { name = result.row.name, y = result.curve, smooth = 51 } end
   return series
 end
 
 local started = qm.clock.now()
-os.execute("mkdir -p '" .. o.out .. "'")
+qm.files.make_folder(o.out)
 local bible = qm.data.open("data/kjv.txt", { tokenizer = qm.tokenizer.byte(), cache_dir = o.out })
 local jargon = qm.data.open("data/jargon.txt", { tokenizer = qm.tokenizer.byte(), cache_dir = o.out })
 
@@ -163,7 +162,7 @@ for _, result in ipairs(scratch) do
     result.moved and ("%.2f%%"):format(100 * result.moved) or "-"))
 end
 qm.plot.curves(o.out .. "/scratch.png", series_of(scratch), { title = "From scratch: King James Bible",
-  x = "step", y = "training loss, nats per character" })
+  x_label = "step", y_label = "training loss, nats per character" })
 
 -- (b)
 local pretrained = build(DENSE, 1)
@@ -186,5 +185,5 @@ for _, result in ipairs(tuned) do
     result.moved and ("%.3f%%"):format(100 * result.moved) or "-"))
 end
 qm.plot.curves(o.out .. "/finetune.png", series_of(tuned), { title = "Fine-tuning: Jargon File",
-  x = "step", y = "training loss, nats per character" })
+  x_label = "step", y_label = "training loss, nats per character" })
 print(("\n%.0f s in all; pictures in %s"):format(qm.clock.now() - started, o.out))
