@@ -138,4 +138,68 @@ describe("qm.optim, quantized parameters", function()
     assert.near(0.05, moved, 0.05 * 0.02)
     assert.equal("residual", optim.slots[1].feedback)
   end)
+
+  describe("attached", function()
+    local CONFIG = { vocab_size = 32, hidden_size = 64, intermediate_size = 64, num_hidden_layers = 3,
+      num_attention_heads = 2, max_position_embeddings = 8, tie_word_embeddings = true }
+    local tokens = qm.tensor({ 1, 2, 3, 4 }, { dtype = "i32" })
+
+    local function train(attach, checkpoint)
+      qm.seed(5)
+      local model = qm.models.llama.new(CONFIG, { linear = { group_size = 32 }, dtype = "f32",
+        checkpoint = checkpoint })
+      local optim = qm.optim.new(model, { lr = 1e-2, seed = 2 })
+      if attach then optim:attach() end
+      local norms, peak = {}, 0
+      for step = 1, 4 do
+        local before = qm.default_device():memory().live_bytes
+        qm.default_device():reset_peak()
+        model:loss(tokens, tokens):backward()
+        peak = qm.default_device():memory().peak_bytes - before
+        local held = 0
+        for _, param in ipairs(model:parameters()) do
+          if param.grad or param.privileged_grad then held = held + 1 end
+        end
+        assert.equal(attach and 0 or #model:parameters(), held)
+        norms[step] = optim:step().grad_norm
+        optim:zero_grad()
+      end
+      return model, norms, peak
+    end
+
+    for _, checkpoint in ipairs({ false, true }) do
+      it("gives the same bits" .. (checkpoint and ", with recomputation too" or ""), function()
+        local plain, plain_norms, plain_peak = train(false, checkpoint)
+        local attached, norms, peak = train(true, checkpoint)
+        local twins = attached:parameters()
+        for i, param in ipairs(plain:parameters()) do
+          if param.w_bit then assert_same_parameter(param, twins[i]) else testing.assert_equal(param, twins[i]) end
+        end
+        for step = 1, 4 do assert.near(plain_norms[step], norms[step], 1e-5 * norms[step]) end
+        assert.is_true(peak < plain_peak, ("peak %d bytes against %d"):format(peak, plain_peak))
+      end)
+    end
+
+    it("leaves a parameter with a bad gradient alone, and detaches", function()
+      local good, bad = qm.ones({ 2 }):requires_gradient(), qm.ones({ 2 }):requires_gradient()
+      local optim = qm.optim.new({ good, bad }, { lr = 0.1 }):attach()
+      local factors = qm.tensor({ 1, 0 / 0 });
+      (good * 2 + bad * factors):sum():backward()
+      local report = optim:step()
+      assert.is_true(report.skipped)
+      assert.same({ 1, 1 }, bad:totable())
+      assert.not_same({ 1, 1 }, good:totable())
+      assert.error_matches(function() optim:clip_grad_norm(1) end, "see attach's clip_each", 1, true)
+      optim:detach()
+      qm.mul(good, 2):sum():backward()
+      assert.same({ 2, 2 }, good.grad:totable())
+    end)
+
+    it("refuses two gradients in one step", function()
+      local w = qm.ones({ 2 }):requires_gradient()
+      qm.optim.new({ { name = "w", param = w } }):attach()
+      qm.mul(w, 2):sum():backward()
+      assert.error_matches(function() qm.mul(w, 2):sum():backward() end, "'w' got a second gradient", 1, true)
+    end)
+  end)
 end)

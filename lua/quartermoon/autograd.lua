@@ -152,7 +152,19 @@ local function run_node(node, grads, roots)
   node.backward, node.inputs, node.saved = nil, nil, nil
 end
 
----Gradients from several tensors at once; see Tensor:backward. Takes over the gradients.
+---How many of these nodes use each leaf that wants to know when its gradient is complete.
+local function count_uses(nodes)
+  local uses = {}
+  for _, node in ipairs(nodes) do
+    for _, input in ipairs(node.inputs) do
+      if input and input.on_gradient then uses[input] = (uses[input] or 0) + 1 end
+    end
+  end
+  return uses
+end
+
+---Gradients from several tensors at once; see Tensor:backward. Takes over the gradients. A leaf with a
+---function `on_gradient` has it called, `leaf.on_gradient(leaf)`, as soon as its gradient is complete.
 ---@param roots qm.Tensor[]
 ---@param root_grads qm.Tensor[]  one for each root
 function M.backward(roots, root_grads)
@@ -162,7 +174,18 @@ function M.backward(roots, root_grads)
     is_root[root] = true
   end
   M.no_grad(function()
-    for _, node in ipairs(collect_nodes(roots)) do run_node(node, grads, is_root) end
+    local nodes = collect_nodes(roots)
+    local uses = count_uses(nodes)
+    for _, node in ipairs(nodes) do
+      local inputs = node.inputs
+      run_node(node, grads, is_root)
+      for _, input in ipairs(inputs) do
+        if input and uses[input] then
+          uses[input] = uses[input] - 1
+          if uses[input] == 0 then input.on_gradient(input) end
+        end
+      end
+    end
   end)
 end
 

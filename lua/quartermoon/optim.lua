@@ -11,9 +11,9 @@
 ---defaults round stochastically and pay the rounding error back (`feedback`).
 
 local check = require("quartermoon.check")
-local module = require("quartermoon.nn.module")
 local raise = require("quartermoon.ffi").raise
-local schedules = require("quartermoon.schedule")
+local attaching = require("quartermoon.optim.attach")
+local grouping = require("quartermoon.optim.groups")
 local Slot = require("quartermoon.optim.slot")
 local qm = require("quartermoon")
 
@@ -27,63 +27,8 @@ local Optim = {}
 Optim.__index = Optim
 M.Optim = Optim
 
-local GROUP_OPTIONS = { lr = 1e-3, betas = { 0.9, 0.99 }, eps = 1e-8, weight_decay = 0, correct_bias = true,
-  moments = "f32", rounding = "stochastic", feedback = "auto", residual_bits = 8, mode = "own", grid = "fixed",
-  refit_every = 100, refit_method = "minmax", projector = check.optional, seed = 0 }
-local OPTIM_OPTIONS = { non_finite = "skip", accumulate = 1, params = check.optional }
-
-local function check_group(name, options)
-  check.type(name, "betas", options.betas, "table")
-  check.number(name, "betas[1]", options.betas[1], 0, 1)
-  check.number(name, "betas[2]", options.betas[2], 0, 1)
-  check.number(name, "eps", options.eps, 0)
-  check.number(name, "weight_decay", options.weight_decay, 0)
-  check.one_of(name, "moments", options.moments, { "f32", "bf16" })
-  check.one_of(name, "rounding", options.rounding, { "stochastic", "nearest" })
-  check.one_of(name, "feedback", options.feedback, { "auto", "none", "momentum", "residual" })
-  check.one_of(name, "residual_bits", options.residual_bits, { 4, 8 })
-  check.one_of(name, "mode", options.mode, { "own", "bie" })
-  check.one_of(name, "grid", options.grid, { "fixed", "refit" })
-  check.one_of(name, "refit_method", options.refit_method, { "minmax", "mse" })
-  check.integer(name, "refit_every", options.refit_every, 1)
-  check.integer(name, "seed", options.seed, 0, 2 ^ 32 - 1)
-  if options.projector then check.type(name, "projector", options.projector, "function") end
-  options.schedule = schedules.resolve(name, options.lr)
-  return options
-end
-
----The groups of a model, a list of parameters, or a list of groups.
-local function groups_of(name, parameters)
-  if module.is_module(parameters) then return { { params = parameters } } end
-  check.type(name, "parameters", parameters, "table")
-  local first = parameters[1]
-  if type(first) == "table" and rawget(first, "params") then return parameters end
-  return { { params = parameters } }
-end
-
----A group's parameters as { name =, param = }.
-local function entries_of(name, params)
-  if module.is_module(params) then return params:named_parameters() end
-  local entries = {}
-  for i, entry in ipairs(check.type(name, "params", params, "table")) do
-    local param = type(entry) == "table" and rawget(entry, "param") or entry
-    if not (check.is_tensor(param) or module.is_quantized(param)) then
-      check.fail(name, "params[" .. i .. "]", "a tensor or a QParam", param)
-    end
-    entries[i] = { param = param, name = rawget(param, "name") or entry ~= param and entry.name or nil }
-  end
-  return entries
-end
-
-local function merged(name, group, defaults)
-  local known, result = { params = check.required }, {}
-  for key, value in pairs(defaults) do if key ~= "schedule" then known[key] = value end end
-  for key, value in pairs(GROUP_OPTIONS) do if known[key] == nil then known[key] = value end end
-  for key, value in pairs(check.options(name, group, known)) do result[key] = value end
-  return result
-end
-
----@param parameters qm.Module|table  a model; a list of parameters; or a list of groups { params = (a
+---@param parameters qm.Module|table  a model; a list of parameters (or { name =, param = }); or a list of
+---   groups { params = (a
 ---   module or a list), and any option below but non_finite and accumulate }
 ---@param options table|nil
 ---   lr = 1e-3                  a number or a schedule, see qm.schedule
@@ -104,24 +49,17 @@ end
 ---@return qm.Optim
 function M.new(parameters, options)
   local name = "qm.optim.new"
-  local defaults = {}
-  for key, value in pairs(GROUP_OPTIONS) do defaults[key] = value end
-  for key, value in pairs(OPTIM_OPTIONS) do defaults[key] = value end
-  options = check.options(name, options, defaults)
-  local self = setmetatable({ slots = {}, groups = {}, steps = 0, skipped = 0, scale = 1 }, Optim)
-  self.non_finite = check.one_of(name, "non_finite", options.non_finite, { "skip", "stop" })
-  self.accumulate = check.integer(name, "accumulate", options.accumulate, 1)
-  options.non_finite, options.accumulate, options.params = nil, nil, nil
+  local groups, own = grouping.resolve(name, parameters, options)
+  local self = setmetatable({ slots = {}, groups = groups, steps = 0, skipped = 0, scale = 1,
+    non_finite = own.non_finite, accumulate = own.accumulate }, Optim)
   local seen = {}
-  for i, group in ipairs(groups_of(name, parameters)) do
-    local resolved = check_group(name, merged(name, group, options))
-    self.groups[i] = resolved
-    for _, entry in ipairs(entries_of(name, group.params)) do
+  for _, group in ipairs(groups) do
+    for _, entry in ipairs(grouping.entries(name, group.params)) do
       local id = #self.slots + 1
       local label = entry.name or "parameter " .. id
       if seen[entry.param] then raise(("%s: '%s' is there twice"):format(name, label)) end
       seen[entry.param] = true
-      self.slots[id] = Slot.new(entry.param, label, id, resolved)
+      self.slots[id] = Slot.new(entry.param, label, id, group)
     end
   end
   if #self.slots == 0 then check.fail(name, "parameters", "at least one parameter", parameters) end
@@ -167,6 +105,9 @@ end
 ---@return number norm  before clipping
 function Optim:clip_grad_norm(max)
   check.number("optim:clip_grad_norm", "max", max, 0)
+  if self.attached then
+    raise("optim:clip_grad_norm: an attached optimizer never sees all gradients at once: see attach's clip_each")
+  end
   local norm = self:grad_norm()
   self.scale = norm > max and max / norm or 1
   return norm
@@ -178,7 +119,7 @@ local function is_finite(x) return x == x and math.abs(x) < math.huge end
 local function culprits(slots)
   local names = {}
   for _, slot in ipairs(slots) do
-    if not is_finite(norm_of({ slot })) then names[#names + 1] = slot.name end
+    if not is_finite(slot:gradient_norm()) then names[#names + 1] = slot.name end
   end
   return names
 end
@@ -202,36 +143,70 @@ local function stillness(self)
       or "is the learning rate high enough, and does a gradient arrive?")
 end
 
+---The report of the coming step, with every group's learning rates worked out.
+function Optim:begin_report()
+  local step = self.steps + 1
+  local report = { step = step, lrs = {} }
+  for i, group in ipairs(self.groups) do
+    group.rates = { lr = group.schedule(step), lr_next = group.schedule(step + 1) }
+    report.lrs[i] = group.rates.lr
+  end
+  report.lr = report.lrs[1]
+  return report
+end
+
+---Count the step and look whether codes move.
+local function end_step(self, report, bad)
+  if report.skipped and self.non_finite == "stop" then
+    raise(("optim:step: the gradient of %s is not finite (step %d)"):format(table.concat(bad, ", "), report.step))
+  end
+  self.steps = report.step
+  if report.skipped then self.skipped = self.skipped + 1 else report.warning = stillness(self) end
+  return report
+end
+
 ---Update every parameter that has a gradient. The gradients stay; see zero_grad.
 ---@return { step: integer, lr: number, lrs: number[], grad_norm: number, skipped: boolean, warning: string|nil }
 ---   lr is the first group's; skipped: the gradients were not finite and nothing was changed; warning:
 ---   some quantized parameter's codes have not moved for 50 steps
 ---@raise when no parameter has a gradient, or with non_finite = "stop" where one is not finite
 function Optim:step()
+  if self.attached then return end_step(self, attaching.finish(self)) end
   local slots = active(self)
   local norm, scale = self:grad_norm(), self.scale / self.accumulate
   self.norm, self.scale = nil, 1
-  local step = self.steps + 1
-  local report = { step = step, grad_norm = norm, skipped = not is_finite(norm), lrs = {} }
-  for i, group in ipairs(self.groups) do
-    group.rates = { lr = group.schedule(step), lr_next = group.schedule(step + 1) }
-    report.lrs[i] = group.rates.lr
+  local report = self:begin_report()
+  report.grad_norm, report.skipped = norm, not is_finite(norm)
+  if not report.skipped then
+    qm.no_grad(function()
+      for _, slot in ipairs(slots) do slot:step(slot.options.rates, scale) end
+    end)
   end
-  report.lr = report.lrs[1]
-  if report.skipped and self.non_finite == "stop" then
-    raise(("optim:step: the gradient of %s is not finite (step %d)"):format(
-      table.concat(culprits(slots), ", "), step))
-  end
-  self.steps = step
-  if report.skipped then
-    self.skipped = self.skipped + 1
-    return report
-  end
-  qm.no_grad(function()
-    for _, slot in ipairs(slots) do slot:step(slot.options.rates, scale) end
-  end)
-  report.warning = stillness(self)
-  return report
+  return end_step(self, report, report.skipped and culprits(slots))
+end
+
+---From now on, update each parameter during backward(), the moment its gradient is complete, and drop
+---the gradient: full gradients never coexist, which saves more memory than 4-bit weights take. One
+---backward() to a step; optim:step() then only ends the step and reports. A parameter whose gradient is
+---not finite is left alone; the others are updated.
+---@param options table|nil  { clip_each = nil: scale each gradient to at most this norm by itself }
+---@return qm.Optim self
+function Optim:attach(options)
+  local name = "optim:attach"
+  options = check.options(name, options, { clip_each = check.optional })
+  if self.accumulate > 1 then raise(name .. ": an attached optimizer cannot accumulate gradients") end
+  if options.clip_each then check.number(name, "clip_each", options.clip_each, 0) end
+  attaching.attach(self, options.clip_each)
+  self.attached = true
+  return self
+end
+
+---Undo attach.
+---@return qm.Optim self
+function Optim:detach()
+  attaching.detach(self)
+  self.attached, self.open = nil, nil
+  return self
 end
 
 ---Drop every gradient.

@@ -8,6 +8,7 @@
 local autograd = require("quartermoon.autograd")
 local check = require("quartermoon.check")
 local devices = require("quartermoon.device")
+local generation = require("quartermoon.models.generation")
 local nn = require("quartermoon.nn")
 local qm = require("quartermoon")
 
@@ -232,73 +233,7 @@ function Llama:next_logits(tokens, cache)
   end)
 end
 
----Draw one token from scores: the largest at temperature 0, else in proportion to
----exp(score / temperature) among the top_k largest.
-local function draw(scores, count, options, generator)
-  local order = {}
-  for i = 0, count - 1 do order[i + 1] = i end
-  local function before(a, b) return scores[a] > scores[b] or (scores[a] == scores[b] and a < b) end
-  if options.temperature == 0 then
-    local best = 0
-    for i = 1, count - 1 do if scores[i] > scores[best] then best = i end end
-    return best
-  end
-  local candidates = count
-  if options.top_k and options.top_k < count then
-    table.sort(order, before)
-    candidates = options.top_k
-  end
-  local largest = -math.huge
-  for i = 1, candidates do largest = math.max(largest, scores[order[i]]) end
-  local total, weights = 0, {}
-  for i = 1, candidates do
-    weights[i] = math.exp((scores[order[i]] - largest) / options.temperature)
-    total = total + weights[i]
-  end
-  local left = generator:number() * total
-  for i = 1, candidates do
-    left = left - weights[i]
-    if left < 0 then return order[i] end
-  end
-  return order[candidates]
-end
-
----Continue a text.
----@param prompt integer[]|qm.Tensor  token numbers, at least one
----@param options table|nil  { max_tokens = 100, temperature = 1 (0: always the likeliest), top_k = all,
----   seed = 0, stop = token number or nil, on_token = function(token) or nil }
----@return integer[]  the new tokens, without the prompt; ends before a `stop`
-function Llama:generate(prompt, options)
-  local name = "model:generate"
-  options = check.options(name, options, { max_tokens = 100, temperature = 1, top_k = check.optional, seed = 0,
-    stop = check.optional, on_token = check.optional })
-  check.number(name, "temperature", options.temperature, 0)
-  if options.top_k then check.integer(name, "top_k", options.top_k, 1) end
-  if check.is_tensor(prompt) then prompt = prompt:totable() end
-  check.type(name, "prompt", prompt, "table")
-  if #prompt == 0 then check.fail(name, "prompt", "at least one token", prompt) end
-  local room = self.config.max_position_embeddings - #prompt
-  local steps = math.min(check.integer(name, "max_tokens", options.max_tokens, 0), room)
-  local generator, made, fresh = qm.generator(options.seed), {}, prompt
-  if steps < 1 then return made end
-  local cache = self:cache(#prompt + steps)
-  local ok, problem = pcall(function()
-    for i = 1, steps do
-      local tokens = qm.tensor(fresh, { dtype = "i32", device = self.device })
-      local logits = self:next_logits(tokens, cache)
-      local scores, count = logits:host()
-      tokens:free()
-      logits:free()
-      local token = draw(scores, count, options, generator)
-      if token == options.stop then break end
-      made[i], fresh = token, { token }
-      if options.on_token then options.on_token(token) end
-    end
-  end)
-  for _, kept in ipairs(cache) do kept:free() end
-  if not ok then error(problem, 0) end
-  return made
-end
+Llama.generate = generation.generate
 
 ---Release weights, tables and positions.
 function Llama:free()

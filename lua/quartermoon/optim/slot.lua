@@ -44,6 +44,14 @@ function Slot:gradient()
   return self.param.grad
 end
 
+---The Euclidean norm of the gradient. Waits for the device.
+function Slot:gradient_norm()
+  local total = qm.no_grad(qm.sum_squares, self:gradient())
+  local norm = math.sqrt(total:item())
+  total:free()
+  return norm
+end
+
 ---Allocate the moments at the gradient's size, projected or not.
 local function ensure_moments(self, like)
   if self.exp_avg then return end
