@@ -28,8 +28,7 @@ Optim.__index = Optim
 M.Optim = Optim
 
 ---@param parameters qm.Module|table  a model; a list of parameters (or { name =, param = }); or a list of
----   groups { params = (a
----   module or a list), and any option below but non_finite and accumulate }
+---   groups { params = (a module or a list), and any option below but non_finite and accumulate }
 ---@param options table|nil
 ---   lr = 1e-3                  a number or a schedule, see qm.schedule
 ---   betas = { 0.9, 0.99 }, eps = 1e-8, weight_decay = 0 (decoupled; not for tensors of one dimension),
