@@ -6,6 +6,7 @@ local binding = require("quartermoon.ffi")
 local check = require("quartermoon.check")
 local devices = require("quartermoon.device")
 local dtypes = require("quartermoon.dtypes")
+local scopes = require("quartermoon.scope")
 local lib = binding.lib
 
 ---A dense array on one device, row-major, up to four dimensions.
@@ -18,65 +19,10 @@ local lib = binding.lib
 local Tensor = {}
 Tensor.__index = Tensor
 
-local M = { Tensor = Tensor }
+local M = { Tensor = Tensor, scope = scopes.scope }
 
 local DTYPE, ELEMENT, DTYPE_SIZE, DTYPE_NAMES = dtypes.id, dtypes.element, dtypes.size, dtypes.names
 M.dtype_size, M.dtype_id, M.dtype_name = DTYPE_SIZE, DTYPE, dtypes.name
-
----------------------------------------------------------------------------------------------------
--- Scopes: tensors made inside are released at the end. Lua's collector does not see device memory,
--- so nothing may depend on it.
----------------------------------------------------------------------------------------------------
-
-local scope -- the innermost open scope: a list of the tensors made in it
-
----Do not release this tensor at the end of the scope (or by backward()); it is a parameter, a
----state, something that stays.
----@return qm.Tensor self
-function Tensor:keep()
-  self.kept = true
-  return self
-end
-
-local function spare(value, spared)
-  if type(value) ~= "table" then return end
-  if rawget(value, "desc") then
-    spared[value] = true
-  elseif not spared[value] then
-    spared[value] = true
-    for _, item in pairs(value) do spare(item, spared) end
-  end
-end
-
-local function close_scope(outer, ok, ...)
-  local made, spared = scope, {}
-  scope = outer
-  if not ok then
-    for i = 1, #made do if not made[i].kept then made[i]:free() end end
-    error((...), 0)
-  end
-  for i = 1, select("#", ...) do spare((select(i, ...)), spared) end
-  for i = 1, #made do
-    local tensor = made[i]
-    if spared[tensor] then
-      if outer then outer[#outer + 1] = tensor end
-    elseif not tensor.kept then
-      tensor:free()
-    end
-  end
-  return ...
-end
-
----Run `body` and release every tensor made inside that it does not return (directly or inside
----returned tables) and that was not kept with `:keep()`.
----@param body function
----@return any ...  what body returns
-function M.scope(body, ...)
-  check.type("qm.scope", "body", body, "function")
-  local outer = scope
-  scope = {}
-  return close_scope(outer, pcall(body, ...))
-end
 
 ---------------------------------------------------------------------------------------------------
 -- Creation
@@ -88,7 +34,7 @@ local function wrap(storage, device, dtype, shape, offset_bytes)
   for i = 1, #shape do desc.shape[i - 1] = shape[i] end
   local tensor = setmetatable({ desc = desc, storage = storage, device = device, dtype = dtype, shape = shape },
     Tensor)
-  if scope then scope[#scope + 1] = tensor end
+  scopes.note(tensor)
   return tensor
 end
 
@@ -162,8 +108,8 @@ local function measure(name, data)
   while type(level) == "table" do
     shape[#shape + 1] = #level
     level = level[1]
+    if #shape > 4 then check.fail(name, "data", "at most 4 levels of tables", data) end
   end
-  if #shape > 4 then check.fail(name, "data", "at most 4 levels of tables", data) end
   return shape
 end
 
@@ -180,20 +126,13 @@ local function flatten(name, data, shape, depth, buffer, at)
   return at
 end
 
----A tensor from a number or nested tables of numbers: qm.tensor({{1, 2}, {3, 4}}).
----@param data number|table
----@param options table|nil  { dtype = "f32", device = default, requires_grad = false }
-function M.tensor(data, options)
-  local name = "qm.tensor"
-  if type(data) ~= "number" and type(data) ~= "table" then check.fail(name, "data", "a number or a table", data) end
-  options = check.options(name, options, TENSOR_OPTIONS)
-  check.one_of(name, "dtype", options.dtype, DTYPE_NAMES)
-  local shape = type(data) == "number" and {} or measure(name, data)
+---A tensor of `shape` whose elements `write(buffer)` puts into a host buffer.
+local function from_writer(name, shape, options, write)
   local half = options.dtype == "f16" or options.dtype == "bf16"
   local host_dtype = half and "f32" or options.dtype
   local count = count_of(shape)
   local buffer = ffi.new(ELEMENT[host_dtype] .. "[?]", math.max(count, 1))
-  flatten(name, data, shape, 1, buffer, 0)
+  write(buffer)
   local tensor = new(name, shape, { dtype = host_dtype, device = options.device })
   binding.check(lib.qm_write(tensor.desc, buffer, count * DTYPE_SIZE[host_dtype]), name)
   if half then
@@ -205,15 +144,37 @@ function M.tensor(data, options)
   return tensor
 end
 
+---A tensor from a number or nested tables of numbers: qm.tensor({{1, 2}, {3, 4}}).
+---@param data number|table
+---@param options table|nil  { dtype = "f32", device = default, requires_grad = false }
+function M.tensor(data, options)
+  local name = "qm.tensor"
+  if type(data) ~= "number" and type(data) ~= "table" then check.fail(name, "data", "a number or a table", data) end
+  options = check.options(name, options, TENSOR_OPTIONS)
+  check.one_of(name, "dtype", options.dtype, DTYPE_NAMES)
+  local shape = type(data) == "number" and {} or measure(name, data)
+  return from_writer(name, shape, options, function(buffer) flatten(name, data, shape, 1, buffer, 0) end)
+end
+
 ---The integers (or numbers) start, start + step, ... up to and including stop.
+---@param start number
+---@param stop number
+---@param options table|nil  { dtype = "f32", device = default, requires_grad = false }
+---@param step number|nil    default 1
+---@return qm.Tensor [count]  at most 2^31 elements
 function M.arange(start, stop, options, step)
+  local name = "qm.arange"
   step = step or 1
-  check.number("qm.arange", "start", start)
-  check.number("qm.arange", "stop", stop)
-  if check.number("qm.arange", "step", step) == 0 then check.fail("qm.arange", "step", "a step other than 0", step) end
-  local values = {}
-  for value = start, stop, step do values[#values + 1] = value end
-  return M.tensor(values, options)
+  check.number(name, "start", start, -2 ^ 53, 2 ^ 53)
+  check.number(name, "stop", stop, -2 ^ 53, 2 ^ 53)
+  if check.number(name, "step", step) == 0 then check.fail(name, "step", "a step other than 0", step) end
+  local count = math.max(math.floor((stop - start) / step) + 1, 0)
+  if count > 2 ^ 31 then check.fail(name, "stop", "at most 2^31 elements", count) end
+  options = check.options(name, options, TENSOR_OPTIONS)
+  check.one_of(name, "dtype", options.dtype, DTYPE_NAMES)
+  return from_writer(name, { count }, options, function(buffer)
+    for i = 0, count - 1 do buffer[i] = start + i * step end
+  end)
 end
 
 ---A string's bytes as a u8 tensor [#text].
@@ -238,6 +199,9 @@ end
 ---@param options table|nil  { device = default }
 function M.from_host(buffer, count, dtype, options)
   local name = "from_host"
+  check.integer(name, "count", count, 0)
+  check.one_of(name, "dtype", dtype, DTYPE_NAMES)
+  if type(buffer) ~= "cdata" then check.fail(name, "buffer", "a host buffer", buffer) end
   if ffi.sizeof(buffer) < count * DTYPE_SIZE[dtype] then check.fail(name, "buffer", count .. " elements", buffer) end
   options = check.options(name, options, { device = check.optional })
   local tensor = new(name, { count }, { dtype = dtype, device = options.device })
@@ -288,6 +252,14 @@ local function view(self, shape, offset_bytes)
   -- By way of void *, because a cast to the same type would return the same object and its finalizer.
   local storage = ffi.cast("qm_storage *", ffi.cast("void *", self.storage))
   return wrap(ffi.gc(storage, lib.qm_storage_release), self.device, self.dtype, shape, offset_bytes)
+end
+
+---Do not release this tensor at the end of the scope (or by backward()); it is a parameter, a
+---state, something that stays.
+---@return qm.Tensor self
+function Tensor:keep()
+  self.kept = true
+  return self
 end
 
 ---A second tensor on the same memory, released on its own.
