@@ -110,7 +110,8 @@ describe("qm.concat", function()
 
   it("says which tensor does not fit", function()
     assert.error_matches(function() qm.concat({ qm.ones({ 1, 2 }), qm.ones({ 1, 3 }) }) end,
-      "qm.concat: argument 'list[2]': expected f32 [R, 2] on cpu, got qm.Tensor f32 [1, 3]", 1, true)
+      "qm.concat: argument 'list[2]': expected f32 [R, 2] on " .. testing.device .. ", got qm.Tensor f32 [1, 3]",
+      1, true)
     assert.error_matches(function() qm.concat({}) end, "argument 'list[1]': expected a tensor, got nothing", 1, true)
   end)
 end)

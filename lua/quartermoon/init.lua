@@ -34,6 +34,7 @@ for _, name in ipairs({
   "linalg",
   "reduce",
   "shape",
+  "unary",
   "loss",
   "qlinear",
 }) do

@@ -1,8 +1,8 @@
-/* binary.c - two operands with broadcasting, and accumulation. References: elementwise.c there; binary
-** equal to the bit, accumulate within one rounding. Memory bound.
+/* binary.c - two operands with broadcasting, and accumulation. References: elementwise.c there;
+** binary equal to the bit, accumulate within one rounding. Memory bound.
 **
-** Dimensions that both operands walk alike are merged first, so that most calls are a few long rows;
-** along a row an operand is contiguous or one repeated value. */
+** Dimensions that both operands walk alike are merged first, so that most calls are a few long
+** rows; along a row an operand is contiguous or one repeated value. */
 #include "vector.h"
 
 typedef struct walk {
@@ -10,8 +10,8 @@ typedef struct walk {
   int32_t ndim;
 } walk;
 
-/* Dimensions from the last to the first, each merged with the one behind it where both operands step
-** over it as if they were one. Dimension 0 of the result is the innermost. */
+/* Dimensions from the last to the first, each merged with the one behind it where both operands
+** step over it as if they were one. Dimension 0 of the result is the innermost. */
 static walk merge(const qm_binary_args *args) {
   walk w = {.ndim = 0};
   for (int32_t dim = QM_DIMS_MAX - 1; dim >= 0; dim--) {

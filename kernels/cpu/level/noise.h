@@ -6,9 +6,9 @@
 
 #include "cpu/cpu.h"
 
-/* The multiplication of 32-bit numbers to 64 bits wants each number in a 64-bit lane of its own, and
-** gcc 12 does not come upon that by itself. What a round leaves in a lane's upper half is never looked
-** at. Four vectors at once hide the multiplier's latency. */
+/* The multiplication of 32-bit numbers to 64 bits wants each number in a 64-bit lane of its own,
+** and gcc 12 does not come upon that by itself. What a round leaves in a lane's upper half is never
+** looked at. Four vectors at once hide the multiplier's latency. */
 #if defined(__AVX512F__)
 #include <immintrin.h>
 enum { QM_NOISE_LANES = 8, QM_NOISE_VECTORS = 4 };
@@ -121,8 +121,8 @@ static inline void qm_noise_batch(uint32_t *out, const qm_noise *noise, uint64_t
 #endif
 }
 
-/* out[i] = qm_bits(noise, start + i) for i < count. Any start will do; multiples of 4, and counts of
-** QM_NOISE_WORDS (at most 128) at a time, are fastest. */
+/* out[i] = qm_bits(noise, start + i) for i < count. Any start will do; multiples of 4, and counts
+** of QM_NOISE_WORDS (at most 128) at a time, are fastest. */
 static inline void qm_noise_words(uint32_t *restrict out, const qm_noise *noise, uint64_t start,
                                   int64_t count) {
   const qm_noise key = *noise;

@@ -1,13 +1,14 @@
-/* permute.c - dimensions in another order. Reference: index.c there, equal to the bit. Memory bound.
+/* permute.c - dimensions in another order. Reference: index.c there, equal to the bit. Memory
+** bound.
 **
-** Where the last dimension stays last, runs of it are copied. Else it changes places with the one that
-** is contiguous in x, in tiles that stay in the first-level cache. */
+** Where the last dimension stays last, runs of it are copied. Else it changes places with the one
+** that is contiguous in x, in tiles that stay in the first-level cache. */
 #include "vector.h"
 
 enum { TILE = 32 };
 
-/* The permutation with out's dimensions merged where x steps through two as through one; dimension 0
-** is the innermost. */
+/* The permutation with out's dimensions merged where x steps through two as through one; dimension
+** 0 is the innermost. */
 typedef struct walk {
   int64_t shape[QM_DIMS_MAX], stride_x[QM_DIMS_MAX], stride_out[QM_DIMS_MAX];
   int32_t ndim;

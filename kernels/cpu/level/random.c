@@ -1,5 +1,5 @@
-/* random.c - uniform and normal numbers. Reference: random.c there; uniform equal to the bit, normal
-** within 1e-8 relative before rounding to f32. */
+/* random.c - uniform and normal numbers. Reference: random.c there; uniform equal to the bit,
+** normal within 1e-8 relative before rounding to f32. */
 #include "noise.h"
 #include "vector.h"
 
@@ -36,8 +36,8 @@ static inline double log_of(double u) {
   return e * 0.69314718055994531 + p * s;
 }
 
-/* Sine and cosine of 2 pi t for t in [0, 1): of the angle to the nearest quarter turn, at most pi / 4,
-** by Taylor series (off by less than 1e-10), turned by the quarters. */
+/* Sine and cosine of 2 pi t for t in [0, 1): of the angle to the nearest quarter turn, at most
+** pi / 4, by Taylor series (off by less than 1e-10), turned by the quarters. */
 static inline void turn_of(double t, double *sine, double *cosine) {
   const int32_t quarter = (int32_t)(4.0 * t + 0.5);
   const double angle = (t - 0.25 * (double)quarter) * 6.2831853071795865, z = angle * angle;

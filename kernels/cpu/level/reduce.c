@@ -1,38 +1,36 @@
-/* reduce.c - reductions along one dimension, and the sum of squares. References: reduce.c there; sums
-** within the rounding of f32 sums of a few hundred, which are added up in f64; the rest equal.
+/* reduce.c - reductions along one dimension, and the sum of squares. References: reduce.c there;
+** sums within the rounding of f32 sums of some twenty, which are added up in f64; the rest equal.
 ** Memory bound.
 **
-** The work is cut into tiles of TILE_ROWS elements along the reduced dimension by QM_BLOCK across it (or,
-** where the elements to reduce are neighbours, runs of RUN). Tiles give partial results, and those are
-** put together in order: nothing depends on the number of threads. */
+** The work is cut into tiles of TILE_ROWS elements along the reduced dimension by QM_BLOCK across
+** it (or, where the elements to reduce are neighbours, runs of RUN). Tiles give partial results,
+** and those are put together in order: nothing depends on the number of threads. */
 #include <stdlib.h>
 
 #include "vector.h"
 
 enum { LANES = 32, TILE_ROWS = 256, STEP_ROWS = 32, RUN = 1 << 14 };
 
-static double sum_run(const qm_array *x, int64_t first, int64_t length) {
-  double total = 0.0;
-  for (int64_t i = 0; i < length; i += QM_BLOCK) {
-    float block[QM_BLOCK], sum = 0.0f;
-    const int64_t n = QM_MIN(QM_BLOCK, length - i);
-    const float *values = qm_floats(x, first + i, n, block);
-#pragma omp simd reduction(+ : sum)
-    for (int64_t j = 0; j < n; j++) sum += values[j];
-    total += (double)sum;
-  }
-  return total;
+/* A block's sum, or sum of squares, in LANES sums: one order for all instruction-set levels. */
+static float sum_block(const float *x, int64_t n, int squared) {
+  float lanes[LANES] = {0.0f};
+  const int64_t whole = n / LANES * LANES;
+  for (int64_t i = 0; !squared && i < whole; i += LANES)
+    for (int32_t lane = 0; lane < LANES; lane++) lanes[lane] += x[i + lane];
+  for (int64_t i = 0; squared && i < whole; i += LANES)
+    for (int32_t lane = 0; lane < LANES; lane++) lanes[lane] += x[i + lane] * x[i + lane];
+  for (int64_t i = whole; i < n; i++) lanes[i - whole] += squared ? x[i] * x[i] : x[i];
+  for (int32_t width = LANES / 2; width > 0; width /= 2)
+    for (int32_t lane = 0; lane < width; lane++) lanes[lane] += lanes[lane + width];
+  return lanes[0];
 }
 
-static double sum_squares_run(const qm_array *x, int64_t first, int64_t length) {
+static double sum_run(const qm_array *x, int64_t first, int64_t length, int squared) {
   double total = 0.0;
   for (int64_t i = 0; i < length; i += QM_BLOCK) {
-    float block[QM_BLOCK], sum = 0.0f;
+    float block[QM_BLOCK];
     const int64_t n = QM_MIN(QM_BLOCK, length - i);
-    const float *values = qm_floats(x, first + i, n, block);
-#pragma omp simd reduction(+ : sum)
-    for (int64_t j = 0; j < n; j++) sum += values[j] * values[j];
-    total += (double)sum;
+    total += (double)sum_block(qm_floats(x, first + i, n, block), n, squared);
   }
   return total;
 }
@@ -79,7 +77,7 @@ static int32_t position_in_run(const qm_array *x, int64_t first, int64_t length)
 static double reduce_run(const qm_reduce_args *args, int64_t first, int64_t length) {
   if (args->op == QM_MAX) return (double)largest_run(&args->x, first, length, 1.0f);
   if (args->op == QM_MIN) return -(double)largest_run(&args->x, first, length, -1.0f);
-  return sum_run(&args->x, first, length);
+  return sum_run(&args->x, first, length, 0);
 }
 
 /* Put the partial results of one output element together, `step` apart. */
@@ -231,7 +229,7 @@ int32_t QM_CPU(sum_squares)(void *context, const qm_sum_squares_args *args) {
   partial[0] = args->accumulate ? (double)*out : 0.0;
 #pragma omp parallel for schedule(static) if (count >= QM_PARALLEL_MIN)
   for (int64_t run = 0; run < runs; run++)
-    partial[run + 1] = sum_squares_run(&args->x, run * RUN, QM_MIN(RUN, count - run * RUN));
+    partial[run + 1] = sum_run(&args->x, run * RUN, QM_MIN(RUN, count - run * RUN), 1);
   *out = (float)gather_partials(QM_SUM, partial, runs + 1, 1);
   free(partial);
   return QM_OK;

@@ -1,5 +1,5 @@
 /* softmax.c - along the last dimension. Reference: reduce.c there, within the rounding of exp.
-** Three passes over a row: largest, sum of exp, quotients; exp runs twice rather than keep a row. */
+** Three passes over a row: largest, sum of exp, quotients; exp runs twice, for no row is kept. */
 #include "vector.h"
 
 static void softmax_row(const qm_softmax_args *args, int64_t first) {

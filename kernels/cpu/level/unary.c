@@ -1,5 +1,5 @@
 /* unary.c - one operand. Reference: elementwise.c there, within 4 ulp and, for tanh, GELU and the
-** derivatives, within 1e-6 of a value near 1. Memory bound but for pow, sin and cos, which are libm's. */
+** derivatives, within 1e-6 of a value near 1. Near memory bound; pow, sin and cos are libm's. */
 #include "vector.h"
 
 /* Natural logarithm to 2 ulp: x = 2^e m, m in [sqrt(1/2), sqrt(2)), ln m by a polynomial in m - 1

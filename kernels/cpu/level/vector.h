@@ -52,8 +52,8 @@ static inline void qm_stored(const qm_array *out, int64_t i, int64_t n, const fl
   if (out->dtype != QM_F32) qm_narrow(buffer, out->data, out->dtype, i, n);
 }
 
-/* The largest of n, -infinity for none; NaN is passed over. In lanes, for clang will not vectorize a
-** maximum that must heed NaN. */
+/* The largest of n, -infinity for none; NaN is passed over. In lanes, for clang will not vectorize
+** a maximum that must heed NaN. */
 static inline float qm_largest(const float *x, int64_t n) {
   enum { LANES = 32 };
   const int64_t whole = n / LANES * LANES;
