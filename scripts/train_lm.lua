@@ -10,42 +10,42 @@
 local qm = require("quartermoon")
 
 local OPTIONS = {
-  usage = "bin/quartermoon scripts/train_lm.lua [options]",
+  name = "scripts/train_lm.lua",
   about = "Train a Llama-style language model on a text.",
-  { "text", "the text to learn; scripts/corpus makes one", default = "data/kjv.txt" },
-  { "out", "folder of the run: checkpoints, metrics, the loss curve", default = "runs/kjv" },
-  { "resume", "continue the run in this folder; its options hold but for those given", default = "", value = "DIR" },
-  { "linear", "the blocks' linear layers: quantized or full precision", default = "mpq", choices = { "mpq", "dense" } },
-  { "bits", "bits of a quantized weight", default = 4, choices = { 2, 4, 8 } },
-  { "group_size", "weights that share a scale and a zero point", default = 64 },
-  { "feedback", "the rounding error's way back into the step", default = "auto",
+  { "text", "data/kjv.txt", "the text to learn; scripts/corpus makes one" },
+  { "out", "runs/kjv", "folder of the run: checkpoints, metrics, the loss curve" },
+  { "resume", "", "continue the run in this folder; its options hold but for those given", value = "DIR" },
+  { "linear", "mpq", "the blocks' linear layers: quantized or full precision", choices = { "mpq", "dense" } },
+  { "bits", 4, "bits of a quantized weight", choices = { 2, 4, 8 } },
+  { "group_size", 64, "weights that share a scale and a zero point" },
+  { "feedback", "auto", "the rounding error's way back into the step",
     choices = { "auto", "none", "momentum", "residual" } },
-  { "tokenizer", "bytes, or byte pairs learnt from the text", default = "bpe", choices = { "byte", "bpe" } },
-  { "vocab_size", "tokens of the byte-pair tokenizer", default = 1024, min = 257 },
-  { "hidden", "width of the model", default = 384 },
-  { "ffn", "width of its feed-forward layers", default = 1024 },
-  { "layers", "blocks", default = 4, min = 1 },
-  { "heads", "attention heads", default = 6 },
-  { "kv_heads", "heads of keys and values", default = 2 },
-  { "context", "tokens in a sequence", default = 256, min = 2 },
-  { "batch", "sequences in a step", default = 16, min = 1 },
-  { "steps", "optimizer steps", default = 600, min = 1 },
-  { "lr", "peak learning rate", default = 3e-3, min = 0 },
-  { "warmup", "steps until the peak", default = 40 },
-  { "weight_decay", "decoupled weight decay", default = 0.1, min = 0 },
-  { "clip", "largest norm of all gradients together", default = 1.0, min = 0 },
-  { "eval_every", "steps between evaluations", default = 200, min = 1 },
-  { "save_every", "steps between checkpoints", default = 200, min = 1 },
-  { "dtype", "type of the activations", default = "auto", choices = { "auto", "f32", "bf16" } },
-  { "device", "cpu, cuda ...; the default is $QM_DEVICE or cpu", default = "" },
-  { "seed", "of initial weights, data order and rounding", default = 1, min = 0 },
-  { "prompt", "text to continue at the end", default = "In the beginning" },
+  { "tokenizer", "bpe", "bytes, or byte pairs learnt from the text", choices = { "byte", "bpe" } },
+  { "vocab_size", 1024, "tokens of the byte-pair tokenizer", min = 257 },
+  { "hidden", 384, "width of the model" },
+  { "ffn", 1024, "width of its feed-forward layers" },
+  { "layers", 4, "blocks", min = 1 },
+  { "heads", 6, "attention heads" },
+  { "kv_heads", 2, "heads of keys and values" },
+  { "context", 256, "tokens in a sequence", min = 2 },
+  { "batch", 16, "sequences in a step", min = 1 },
+  { "steps", 600, "optimizer steps", min = 1 },
+  { "lr", 3e-3, "peak learning rate", min = 0 },
+  { "warmup", 40, "steps until the peak" },
+  { "weight_decay", 0.1, "decoupled weight decay", min = 0 },
+  { "clip", 1.0, "largest norm of all gradients together", min = 0 },
+  { "eval_every", 200, "steps between evaluations", min = 1 },
+  { "save_every", 200, "steps between checkpoints", min = 1 },
+  { "dtype", "auto", "type of the activations", choices = { "auto", "f32", "bf16" } },
+  { "device", "", "cpu, cuda ...; the default is $QM_DEVICE or cpu" },
+  { "seed", 1, "of initial weights, data order and rounding", min = 0 },
+  { "prompt", "In the beginning", "text to continue at the end" },
 }
-local o = qm.options.parse(OPTIONS)
+local o = qm.options.parse(arg, OPTIONS)
 local resumed = o.resume ~= "" and qm.checkpoints.load(o.resume) or nil
 if resumed then -- the run's own options become the defaults
-  for _, option in ipairs(OPTIONS) do option.default = resumed.config[option[1]] end
-  o = qm.options.parse(OPTIONS)
+  for _, option in ipairs(OPTIONS) do option[2] = resumed.config[option[1]] end
+  o = qm.options.parse(arg, OPTIONS)
   o.out, o.resume = o.resume, ""
 end
 if o.device ~= "" then qm.set_default_device(o.device) end
@@ -91,7 +91,7 @@ local function evaluate()
 end
 
 -- The training loop.
-local metrics = qm.progress.metrics(o.out .. "/metrics.jsonl", { after = first - 1 })
+local metrics = qm.metrics.open(o.out .. "/metrics.jsonl", { after = first - 1 })
 local progress = qm.progress.new({ steps = o.steps, tokens_per_step = o.batch * o.context })
 local validation
 qm.default_device():reset_peak()
@@ -126,7 +126,7 @@ metrics:close()
 
 -- The result.
 local curve, reason = qm.plot.metrics(o.out .. "/loss.png", o.out .. "/metrics.jsonl", { smooth = 21,
-  title = "Training on " .. o.text, y_label = "loss, nats per character" })
+  fields = { "step", "loss", "validation" }, y = "nats per character", title = "Training on " .. o.text })
 local function row(name, format, ...) print(("%-34s " .. format):format(name, ...)) end
 row("validation loss, nats/character", "%.4f", validation or evaluate())
 row("parameters", "%d", model:parameter_count())

@@ -27,7 +27,7 @@ describe("qm.optim, quantized parameters", function()
       local q = quantized(case[1])
       local optim = qm.optim.new({ q }, { lr = qm.schedule.linear(0.1, 0.05, 5), seed = 7, weight_decay = 0.1 })
       local twin = q:clone()
-      if case[2] == "residual" then twin:add_residual(8) end
+      if case[2] == "residual" then twin:add_residual(8, qm.generator(7, 1)) end
       local m, v = qm.zeros({ 64, 32 }), qm.zeros({ 64, 32 })
       for step = 1, 3 do
         give(q, qm.randn({ 64, 32 }))
@@ -127,6 +127,7 @@ describe("qm.optim, quantized parameters", function()
       end,
     }
     local q = quantized(4)
+    q:add_residual(8)
     local before = q:dequantize("f32")
     local optim = qm.optim.new({ q }, { lr = 0.05, projector = function() return projector end })
     give(q, qm.ones({ 64, 32 }))

@@ -116,4 +116,27 @@ describe("qm.QParam", function()
       end
     end
   end
+
+  it("draws a residual evenly from what rounds to its codes, and leaves the codes alone", function()
+    for _, bits in ipairs({ 4, 8 }) do
+      local q = qm.QParam.quantize(qm.randn({ 64, 96 }), { w_bit = 4, group_size = 32 })
+      local plain = q:dequantize("f32"):clone()
+      q:add_residual(bits, qm.generator(3))
+      testing.assert_equal(plain, q:dequantize("f32"))
+      local levels = 2 ^ bits
+      local scale = q.scales:to("f32"):totable()
+      local with, without = q:dequantize("f32", "residual"):totable(), plain:totable()
+      local sum, squares, count = 0, 0, 64 * 96
+      for k = 1, 64 do
+        for n = 1, 96 do
+          local r = (with[k][n] - without[k][n]) / scale[math.ceil(k / 32)][n]
+          assert.is_true(r > -0.5001 and r < 0.5)
+          sum, squares = sum + r, squares + r * r
+        end
+      end
+      -- Uniform over the levels: mean -1/2 of a level, variance (1 - 1/levels^2) / 12; 5 standard errors.
+      assert.near(-0.5 / levels, sum / count, 5 * math.sqrt(1 / 12 / count))
+      assert.near((1 - levels ^ -2) / 12 + 0.25 / levels ^ 2, squares / count, 5 * math.sqrt(1 / 180 / count))
+    end
+  end)
 end)

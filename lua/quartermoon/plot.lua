@@ -261,14 +261,16 @@ function M.curves(path, series, options)
   return path
 end
 
----Draw one quantity of one or several runs from their metrics files.
+---Draw quantities of one or several runs from their metrics files.
 ---@param path string  ends in .png or .svg
 ---@param runs table<string, string>|string  a metrics file, or { [name] = file, ... }
----@param options table|nil  fields = { "step", "loss" }: what to draw; smooth; and all of qm.plot.curves
+---@param options table|nil  fields = { "step", "loss" }: what stands across, then what is drawn, each a
+---  curve; smooth: of the first curve; and all of qm.plot.curves
 ---@return string|nil path, string|nil reason
 function M.metrics(path, runs, options)
   local name = "qm.plot.metrics"
-  if type(runs) == "string" then runs = { [runs:match("[^/]*$")] = runs } end
+  local single = type(runs) == "string"
+  if single then runs = { [runs] = runs } end
   check.type(name, "runs", runs, "table")
   local rest = {}
   for key, value in pairs(options or {}) do rest[key] = value end
@@ -278,15 +280,19 @@ function M.metrics(path, runs, options)
   local names, series = {}, {}
   for run_name in pairs(runs) do names[#names + 1] = run_name end
   table.sort(names)
-  for i, run_name in ipairs(names) do
+  for _, run_name in ipairs(names) do
     local lines, reason = metrics.read(runs[run_name])
     if not lines then binding.raise(name .. ": " .. reason) end
-    local points = {}
-    for _, line in ipairs(lines) do
-      local x, y = line[fields[1]], line[fields[2]]
-      if type(x) == "number" and type(y) == "number" then points[#points + 1] = { x, y } end
+    for f = 2, #fields do
+      local points = {}
+      for _, line in ipairs(lines) do
+        local x, y = line[fields[1]], line[fields[f]]
+        if type(x) == "number" and type(y) == "number" then points[#points + 1] = { x, y } end
+      end
+      local label_words = single and fields[f] or #fields > 2 and run_name .. ", " .. fields[f] or run_name
+      series[#series + 1] = { name = label_words, points = points, smooth = f == 2 and smooth or nil,
+        style = f > 2 and "both" or nil }
     end
-    series[i] = { name = run_name, points = points, smooth = smooth }
   end
   return M.curves(path, series, rest)
 end

@@ -268,8 +268,10 @@ function QParam.quantize(w, options) return require("quartermoon.qparam_quantize
 ---Undo double quantization; see qparam_quantize.lua. @return qm.QParam self
 function QParam:prepare() return require("quartermoon.qparam_quantize").prepare(self) end
 
----Give it memory for what its codes lose, empty at first; see qparam_quantize.lua. @return qm.QParam self
-function QParam:add_residual(bits) return require("quartermoon.qparam_quantize").add_residual(self, bits) end
+---Give it memory for what its codes lose; see qparam_quantize.lua. @return qm.QParam self
+function QParam:add_residual(bits, generator)
+  return require("quartermoon.qparam_quantize").add_residual(self, bits, generator)
+end
 
 ---One update step in place; see qparam_update.lua.
 function QParam.update(q, options) return require("quartermoon.qparam_update").update(q, options) end

@@ -63,16 +63,29 @@ end
 -- A word of residuals that are all 0: each is stored as r + 2^(bits - 1).
 local NO_RESIDUAL = { [4] = -0x77777778, [8] = -0x7f7f7f80 }
 
----Give a parameter a residual, as feedback = "residual" needs; so far its codes have lost nothing.
+---Give a parameter a residual, as feedback = "residual" needs.
+---
+---Without a generator it is empty: the weights are what the codes say. With one it is drawn evenly from
+---what rounds to the codes. Training from such codes should draw: if every weight began in the middle
+---of its cell, none could be seen to move before its steps had added up to half a cell.
 ---@param bits integer|nil  4 or 8, default 8
+---@param generator qm.Generator|nil
 ---@return qm.QParam self
 ---@raise when it has one already
-function M.add_residual(self, bits)
+function M.add_residual(self, bits, generator)
   local name = "add_residual"
   bits = check.one_of(name, "bits", bits or 8, { 4, 8 })
   if self.residual then check.fail(name, "q", "a parameter without a residual", self) end
-  self.residual = tensors.full({ self.shape[1] * bits / 32, self.shape[2] }, NO_RESIDUAL[bits],
-    { dtype = "i32", device = self.data.device }):keep()
+  local shape, device = { self.shape[1] * bits / 32, self.shape[2] }, self.data.device
+  if generator then
+    local uniform = generator:rand({ 4 * shape[1] * shape[2] }, { device = device }, 0, 256)
+    local random_bytes = uniform:to("u8")
+    self.residual = random_bytes:reinterpret("i32", shape):keep()
+    random_bytes:free()
+    uniform:free()
+  else
+    self.residual = tensors.full(shape, NO_RESIDUAL[bits], { dtype = "i32", device = device }):keep()
+  end
   self.residual_bits = bits
   return self
 end

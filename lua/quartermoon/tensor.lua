@@ -247,11 +247,11 @@ function Tensor:alive(name)
   return self
 end
 
-local function view(self, shape, offset_bytes)
+local function view(self, shape, offset_bytes, dtype)
   lib.qm_storage_retain(self.storage)
   -- By way of void *, because a cast to the same type would return the same object and its finalizer.
   local storage = ffi.cast("qm_storage *", ffi.cast("void *", self.storage))
-  return wrap(ffi.gc(storage, lib.qm_storage_release), self.device, self.dtype, shape, offset_bytes)
+  return wrap(ffi.gc(storage, lib.qm_storage_release), self.device, dtype or self.dtype, shape, offset_bytes)
 end
 
 ---Do not release this tensor at the end of the scope (or by backward()); it is a parameter, a
@@ -313,6 +313,20 @@ function Tensor:writable(name)
       .. "or compute it under qm.no_grad")
   end
   return self
+end
+
+---The same bytes as another element type: a view, released on its own. Not differentiable.
+---@param dtype string
+---@param shape integer|integer[]  of as many bytes
+function Tensor:reinterpret(dtype, shape)
+  local name = "reinterpret"
+  self:alive(name)
+  check.one_of(name, "dtype", dtype, DTYPE_NAMES)
+  shape = check_shape(name, shape)
+  if count_of(shape) * DTYPE_SIZE[dtype] ~= self:size_bytes() then
+    check.fail(name, "shape", ("a shape of %d bytes"):format(self:size_bytes()), count_of(shape) * DTYPE_SIZE[dtype])
+  end
+  return view(self, shape, self.desc.offset_bytes, dtype)
 end
 
 ---Overwrite with `value`. @return qm.Tensor self

@@ -11,16 +11,16 @@
 
 local qm = require("quartermoon")
 
-local o = qm.options.parse({
-  usage = "bin/quartermoon scripts/bench/quality.lua [options]",
+local o = qm.options.parse(arg, {
+  name = "scripts/bench/quality.lua",
   about = "What do weights kept only in low bits cost, from scratch and in fine-tuning?",
-  { "steps", "steps from scratch", default = 1500 },
-  { "pretrain_steps", "steps of full precision before fine-tuning", default = 2400 },
-  { "tune_steps", "steps of fine-tuning", default = 500 },
-  { "seeds", "runs of each row, averaged", default = 1 },
-  { "lr", "peak learning rate from scratch", default = 3e-3 },
-  { "tune_lr", "peak learning rate of the blocks in fine-tuning", default = 1e-3 },
-  { "out", "folder for the pictures", default = "runs/quality" },
+  { "steps", 1500, "steps from scratch" },
+  { "pretrain_steps", 2400, "steps of full precision before fine-tuning" },
+  { "tune_steps", 500, "steps of fine-tuning" },
+  { "seeds", 1, "runs of each row, averaged" },
+  { "lr", 3e-3, "peak learning rate from scratch" },
+  { "tune_lr", 1e-3, "peak learning rate of the blocks in fine-tuning" },
+  { "out", "runs/quality", "folder for the pictures" },
 })
 
 local BATCH, CONTEXT, SLICE = 16, 64, 65536
@@ -40,7 +40,7 @@ local SCRATCH = {
   low_bit("4-bit nearest", 4, { feedback = "none", rounding = "nearest" }),
 }
 local TUNE = {
-  { name = "frozen", linear = SCRATCH[4].linear, frozen = true },
+  { name = "frozen", linear = { kind = "mpq", w_bit = 4, group_size = 64 }, frozen = true },
   DENSE,
   low_bit("4-bit stochastic", 4, { feedback = "none" }),
   low_bit("4-bit momentum feedback", 4, { feedback = "momentum" }),
@@ -162,7 +162,7 @@ for _, result in ipairs(scratch) do
     result.moved and ("%.2f%%"):format(100 * result.moved) or "-"))
 end
 qm.plot.curves(o.out .. "/scratch.png", series_of(scratch), { title = "From scratch: King James Bible",
-  x_label = "step", y_label = "training loss, nats per character" })
+  x = "step", y = "training loss, nats per character" })
 
 -- (b)
 local pretrained = build(DENSE, 1)
@@ -185,5 +185,5 @@ for _, result in ipairs(tuned) do
     result.moved and ("%.3f%%"):format(100 * result.moved) or "-"))
 end
 qm.plot.curves(o.out .. "/finetune.png", series_of(tuned), { title = "Fine-tuning: Jargon File",
-  x_label = "step", y_label = "training loss, nats per character" })
+  x = "step", y = "training loss, nats per character" })
 print(("\n%.0f s in all; pictures in %s"):format(qm.clock.now() - started, o.out))

@@ -62,7 +62,9 @@ end
 ---The tensors that only the quantized step needs.
 local function ensure_quantized(self)
   local q = self.param
-  if self.feedback == "residual" and not q.residual then q:add_residual(self.options.residual_bits) end
+  if self.feedback == "residual" and not q.residual then
+    q:add_residual(self.options.residual_bits, qm.generator(self.options.seed, self.id))
+  end
   if not self.health then self.health = qm.zeros({ 4 }, { dtype = "i64", device = q.data.device }):keep() end
 end
 
