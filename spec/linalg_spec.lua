@@ -51,6 +51,18 @@ describe("qm.matmul", function()
     end)
   end
 
+  it("equals the reference where many rows meet one weight", function()
+    for _, size in ipairs({ { 2048, 64, 48 }, { 2051, 7, 33 }, { 3000, 1, 1 } }) do
+      for _, flags in ipairs({ { false, false }, { false, true } }) do
+        local a, b = operands(size[1], size[2], size[3], flags[1], flags[2])
+        local expected, actual = testing.both({ a:to("bf16"), b:to("bf16") }, function(x, y)
+          return qm.matmul(x, y, { trans_b = flags[2] })
+        end)
+        testing.assert_close(expected[1], actual[1], 2 ^ -8)
+      end
+    end
+  end)
+
   it("takes empty operands: a sum over nothing is 0", function()
     for _, dtype in ipairs({ "f32", "bf16" }) do
       local options = { dtype = dtype }
