@@ -25,28 +25,22 @@ local function open(path)
   }
 end
 
----The recorded projection: matrices by update, chosen by the projector's type.
+---A projector that is given the recorded matrices: one computed at an update serves until the next.
 local function recorded_projector(file, meta)
-  local kind, scale = meta.projector, tonumber(meta.scale)
-  local projector = {}
+  if meta.projector == "none" then return nil end
   local left, right
-  function projector.at(_, tag) -- a matrix computed at one update serves until the next one
-    left = file.read("proj_left_" .. tag) or left
-    right = file.read("proj_right_" .. tag) or right
-  end
-  function projector.project(_, grad)
-    local low = grad
-    if left then low = qm.matmul(left, low, { trans_a = true }) end
-    if right then low = qm.matmul(low, right, { trans_b = true }) end
-    return low
-  end
-  function projector.project_back(_, low)
-    local full = low
-    if left then full = qm.matmul(left, full) end
-    if right then full = qm.matmul(full, right) end
-    return full * scale
-  end
-  return kind ~= "none" and projector or nil
+  return {
+    inject = function(self, tag)
+      local new_left, new_right = file.read("proj_left_" .. tag), file.read("proj_right_" .. tag)
+      if not (new_left or new_right) then return end
+      left, right = new_left, new_right
+      self.galore = qm.projector.galore({ rank = tonumber(meta.rank), scale = tonumber(meta.scale),
+        proj_type = left and right and "full" or left and "left" or "right" })
+      self.galore:inject({ left = left, right = right })
+    end,
+    project = function(self, grad, step) return self.galore:project(grad, step) end,
+    project_back = function(self, low) return self.galore:project_back(low) end,
+  }
 end
 
 local function parameter(file, meta)
@@ -73,7 +67,7 @@ local function replay(path)
     local tag = ("%02d"):format(update)
     local grad, low = file.read("grad_" .. tag), nil
     if projector then
-      projector:at(tag)
+      projector:inject(tag)
       local cast = grad:to(m.dtype)
       low = file.read("lowrank_" .. tag)
       testing.assert_close(low, projector:project(cast, step), 1e-5, "lowrank_" .. tag)
