@@ -74,7 +74,7 @@ local schedule = qm.schedule.warmup(o.warmup, qm.schedule.cosine(o.lr, o.steps, 
 local optim = qm.optim.new(model, { lr = schedule, betas = { 0.9, 0.99 }, weight_decay = o.weight_decay,
   feedback = o.feedback, seed = o.seed })
 
-local run = { model = model, optim = optim, data = batches, config = o }
+local run = { model = model, optim = optim, data = batches }
 if resumed then qm.checkpoints.load(resumed.path, run) end
 local first = (resumed and resumed.step or 0) + 1
 
@@ -91,8 +91,7 @@ local function evaluate()
 end
 
 -- The training loop.
-local metrics = qm.metrics.open(o.out .. "/metrics.jsonl", { after = first - 1 })
-local progress = qm.progress.new({ steps = o.steps, tokens_per_step = o.batch * o.context })
+local progress = qm.progress.new({ steps = o.steps, tokens_per_step = o.batch * o.context, out = o.out })
 local validation
 qm.default_device():reset_peak()
 local started, training_seconds = qm.clock.now(), 0
@@ -105,28 +104,24 @@ for step = first, o.steps do
     optim:clip_grad_norm(o.clip)
     local report = optim:step()
     optim:zero_grad()
-    local nats = loss:item() / characters_per_token
+    progress:update(step, { loss = loss:item() / characters_per_token, lr = report.lr, grad_norm = report.grad_norm })
     if report.warning then progress:note(report.warning) end
-    progress:update({ step = step, loss = nats, lr = report.lr })
-    metrics:write({ step = step, loss = nats, lr = report.lr, grad_norm = report.grad_norm })
   end)
   training_seconds = training_seconds + qm.clock.now() - began
   if step % o.eval_every == 0 or step == o.steps then
     validation = evaluate()
-    metrics:write({ step = step, validation = validation })
-    progress:note(("step %d: validation loss %.4f nats per character"):format(step, validation))
+    progress:evaluated(step, validation)
   end
   if step % o.save_every == 0 or step == o.steps then
-    run.step = step
+    run.step, run.config = step, o
     qm.checkpoints.save(o.out, run)
   end
 end
 progress:finish()
-metrics:close()
 
 -- The result.
-local curve, reason = qm.plot.metrics(o.out .. "/loss.png", o.out .. "/metrics.jsonl", { smooth = 21,
-  fields = { "step", "loss", "validation" }, y = "nats per character", title = "Training on " .. o.text })
+local curve, reason = qm.plot.curves(o.out .. "/loss.png", progress:curves(),
+  { title = "Training on " .. o.text, x = "step", y = "nats per character" })
 local function row(name, format, ...) print(("%-34s " .. format):format(name, ...)) end
 row("validation loss, nats/character", "%.4f", validation or evaluate())
 row("parameters", "%d", model:parameter_count())
