@@ -33,9 +33,9 @@ describe("making tensors", function()
     assert.error_matches(function() qm.tensor({ 1, "x" }) end, "expected numbers, got string 'x'", 1, true)
     assert.error_matches(function() qm.zeros({ 2 }, { dtype = "f64" }) end, "got string 'f64'", 1, true)
     assert.error_matches(function() qm.zeros({ 2 }, { dtpye = "f32" }) end,
-      "qm.full: unknown option 'dtpye', did you mean 'dtype'?", 1, true)
+      "qm.zeros: unknown option 'dtpye', did you mean 'dtype'?", 1, true)
     assert.error_matches(function() qm.zeros({ 2, -1 }) end,
-      "qm.full: argument 'shape': expected an integer", 1, true)
+      "qm.zeros: argument 'shape': expected an integer", 1, true)
     assert.error_matches(function() qm.zeros({ 1, 1, 1, 1, 1 }) end, "expected at most 4 dimensions", 1, true)
     assert.error_matches(function() qm.zeros({ 2 ^ 30, 2 ^ 30 }) end, "expected at most 2^50 elements", 1, true)
   end)

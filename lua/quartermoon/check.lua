@@ -40,13 +40,18 @@ function M.optional_desc(name, argument, value)
   return M.desc(name, argument, value)
 end
 
+local function numeral(x) return x % 1 == 0 and ("%.0f"):format(x) or tostring(x) end
+
+local function range(min, max)
+  if min and max then return " from " .. numeral(min) .. " to " .. numeral(max) end
+  return min and " of at least " .. numeral(min) or max and " of at most " .. numeral(max) or ""
+end
+
 ---@param min number|nil  the smallest allowed value
 ---@param max number|nil  the largest allowed value
 function M.number(name, argument, value, min, max)
   if type(value) ~= "number" or value ~= value or (min and value < min) or (max and value > max) then
-    local range = min and max and (" from %s to %s"):format(min, max) or min and (" of at least " .. min)
-      or max and (" of at most " .. max) or ""
-    M.fail(name, argument, "a number" .. range, value)
+    M.fail(name, argument, "a number" .. range(min, max), value)
   end
   return value
 end
@@ -54,9 +59,7 @@ end
 ---The same for whole numbers.
 function M.integer(name, argument, value, min, max)
   if type(value) ~= "number" or value % 1 ~= 0 or (min and value < min) or (max and value > max) then
-    local range = min and max and (" from %s to %s"):format(min, max) or min and (" of at least " .. min)
-      or max and (" of at most " .. max) or ""
-    M.fail(name, argument, "an integer" .. range, value)
+    M.fail(name, argument, "an integer" .. range(min, max), value)
   end
   return value
 end

@@ -90,17 +90,23 @@ end
 ---@return qm.Tensor
 function M.empty(shape, options) return new("qm.empty", shape, options) end
 
----@param value number
-function M.full(shape, value, options)
-  check.type("qm.full", "value", value, "number")
-  local tensor = new("qm.full", shape, options)
-  binding.check(lib.qm_fill(tensor.desc, value), "qm.full")
+local function filled(name, shape, value, options)
+  check.type(name, "value", value, "number")
+  local tensor = new(name, shape, options)
+  binding.check(lib.qm_fill(tensor.desc, value), name)
   return tensor
 end
+
+---A tensor of one value.
+---@param shape integer|integer[]
+---@param value number
+---@param options table|nil  { dtype = "f32", device = default, requires_grad = false }
+---@return qm.Tensor
+function M.full(shape, value, options) return filled("qm.full", shape, value, options) end
 ---Zeros.
-function M.zeros(shape, options) return M.full(shape, 0, options) end
+function M.zeros(shape, options) return filled("qm.zeros", shape, 0, options) end
 ---Ones.
-function M.ones(shape, options) return M.full(shape, 1, options) end
+function M.ones(shape, options) return filled("qm.ones", shape, 1, options) end
 
 ---Extents of a nested table of numbers; raises where it is ragged.
 local function measure(name, data)

@@ -37,9 +37,10 @@ local NUMBERS = { 0, 1, 2, 3, 4, 8, 32, 64, -1, -2, 0.5, 1e-5, -0.5, 7, 100, 255
 local STRINGS = { "", "f32", "bf16", "i32", "cpu", "reference", "cuda", "cpu:1", "x", "sum", "left", "std", "nearest",
   "stochastic", "minmax", "no/such/file", "a file", "\0", "%s%n%d", "\255\254", ("long"):rep(3000), "train", "{}",
   "hello world", "model.safetensors" }
-local KEYS = { "dtype", "device", "requires_grad", "shape", "trans_a", "trans_b", "w_bit", "group_size", "asym", "method",
-  "range", "causal", "scale", "window", "lr", "eps", "rank", "hidden_size", "vocab_size", "chunk_rows", "ignore_index",
-  "rounding", "feedback", "steps", "path", "weight", "bias", "data", "scales", "zeros", "seed", "draws" }
+local KEYS = { "dtype", "device", "requires_grad", "shape", "trans_a", "trans_b", "w_bit", "group_size", "asym",
+  "method", "range", "causal", "scale", "window", "lr", "eps", "rank", "hidden_size", "vocab_size", "chunk_rows",
+  "ignore_index", "rounding", "feedback", "steps", "path", "weight", "bias", "data", "scales", "zeros", "seed",
+  "draws" }
 
 local pool = {} -- what calls returned
 local function remember(value)
@@ -55,7 +56,8 @@ local function shape()
 end
 
 local function tensor()
-  local like = random(3) > 1 and shared or { shape = shape(), dtype = pick(DTYPES), device = pick({ "cpu", "reference" }) }
+  local like = random(3) > 1 and shared
+    or { shape = shape(), dtype = pick(DTYPES), device = pick({ "cpu", "reference" }) }
   local dtype = random(8) == 1 and "i32" or like.dtype
   local ok, x = pcall(qm.full, like.shape, random(4) == 1 and random(9) - 5 or random(3) - 1,
     { dtype = dtype, device = like.device, requires_grad = random(4) == 1 and dtype:find("f") ~= nil })
