@@ -38,8 +38,8 @@ static level_choice choose_level(void) {
   return best;
 }
 
-/* AMX needs the CPU's bits (tile 24, bf16 22 of leaf 7's edx; bf16 in vectors, 5 of subleaf 1's eax)
-** and the kernel's leave to hold the tiles' 8 KiB of state. QM_CPU_LEVEL=v4 does without. */
+/* AMX needs the CPU's bits (tile 24, bf16 22 of leaf 7's edx; bf16 in vectors, 5 of subleaf 1's
+** eax) and the kernel's leave to hold the tiles' 8 KiB of state. QM_CPU_LEVEL=v4 does without. */
 static int32_t may_use_amx(const char *level) {
 #if defined(__x86_64__) && defined(__linux__)
   enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };

@@ -1,6 +1,6 @@
 /* attention.c - softmax attention over packed sequences and its gradient, one query row at a time.
-** Source: Vaswani et al., arXiv 1706.03762; the gradient from the saved log-sum-exp as in Dao, arXiv
-** 2307.08691, algorithm 2. A query that sees no key gives 0, with an lse of minus infinity.
+** Source: Vaswani et al., arXiv 1706.03762; the gradient from the saved log-sum-exp as in Dao,
+** arXiv 2307.08691, algorithm 2. A query that sees no key gives 0, with an lse of minus infinity.
 */
 #include <stdlib.h>
 

@@ -1,8 +1,8 @@
-/* amx.h - matrix products of bf16 in the AMX tile registers (Intel, from Sapphire Rapids on), and the
-** layouts they want. Only for the v4 level, and only where the device found AMX (context->amx).
+/* amx.h - matrix products of bf16 in the AMX tile registers (Intel, from Sapphire Rapids on), and
+** the layouts they want. Only for the v4 level, and only where the device found AMX (context->amx).
 **
-** One instruction adds a [16, 32] times b [32, 16] to c [16, 16]: a is bf16 by rows; b is 32-bit words
-** [16, 16], of which word (k, n) holds elements (2 k, n) and (2 k + 1, n); c is f32.
+** One instruction adds a [16, 32] times b [32, 16] to c [16, 16]: a is bf16 by rows; b is 32-bit
+** words [16, 16], of which word (k, n) holds elements (2 k, n) and (2 k + 1, n); c is f32.
 ** Source: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2, TDPBF16PS.
 */
 #ifndef QM_CPU_AMX_H
@@ -41,8 +41,8 @@ static inline QM_AMX_TARGET void tiles_give_back(const tile_config *before) {
     _tile_loadconfig(before);
 }
 
-/* c = a b, or c += a b where `add`: c f32 [rows, columns], a bf16 [rows, depth], b words [depth / 2,
-** columns], each with its row's length in elements; rows, columns and depth are multiples of 32. */
+/* c = a b, or c += a b where `add`: c f32 [rows, columns], a bf16 [rows, depth], b words
+** [depth / 2, columns], each with its row's length in elements; all three multiples of 32. */
 static __attribute__((noinline)) QM_AMX_TARGET void tiles_multiply(float *c, int64_t c_row,
                                                                    int32_t add, const uint16_t *a,
                                                                    int64_t a_row, const uint32_t *b,
@@ -131,8 +131,8 @@ static inline QM_AMX_TARGET float dot_rows(const uint16_t *x, const uint16_t *y,
   return _mm512_reduce_add_ps(sum);
 }
 
-/* x words [rows, columns] to out [columns, rows], both multiples of 16: bf16 rows as the right operand
-** of a product over their columns; paired rows as the left operand of one over their rows. */
+/* x words [rows, columns] to out [columns, rows], both multiples of 16: bf16 rows as the right
+** operand of a product over columns; paired rows as the left operand of one over rows. */
 static void transpose_words(const void *x, int64_t rows, int64_t columns, void *out,
                             int64_t out_row) {
   for (int64_t i = 0; i < rows; i += QM_LANES)
@@ -141,8 +141,8 @@ static void transpose_words(const void *x, int64_t rows, int64_t columns, void *
                        out_row);
 }
 
-/* bf16 rows [rows, columns] to words [rows / 2, columns], row 2 k low and row 2 k + 1 high: the right
-** operand of a product over the rows. */
+/* bf16 rows [rows, columns] to words [rows / 2, columns], row 2 k low and row 2 k + 1 high: the
+** right operand of a product over the rows. */
 static void pair_rows(const uint16_t *x, int64_t rows, int64_t columns, uint32_t *out) {
   for (int64_t k = 0; k < rows; k += 2, x += 2 * columns, out += columns)
     for (int64_t j = 0; j < columns; j += 32)

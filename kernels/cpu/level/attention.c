@@ -3,10 +3,10 @@
 ** Source: Dao, arXiv 2307.08691: tiles of keys, a running maximum and sum per row, nothing T x T.
 **
 ** One unit of work is up to BLOCK_ROWS stacked rows of one sequence and key head; it walks the key
-** tiles those rows see. K is transposed once per tile; then for TILE_ROWS rows at a time the scores,
-** their exponentials and the product with V stay in registers and the first-level cache. Exponents
-** are base 2: log2(e) is part of the factor that scales q. No unit shares an output, and what a unit
-** computes does not depend on the thread that runs it.
+** tiles those rows see. K is transposed once per tile; then for TILE_ROWS rows at a time the
+** scores, their exponentials and the product with V stay in registers and the first-level cache.
+** Exponents are base 2: log2(e) is part of the factor that scales q. No unit shares an output, and
+** what a unit computes does not depend on the thread that runs it.
 */
 #include <omp.h>
 #include <stdlib.h>

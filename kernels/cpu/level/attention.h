@@ -1,7 +1,7 @@
 /* attention.h - what attention's passes share: which rows and keys a sequence has, what sees what.
 **
-** The query heads of one key head are stacked: row i * group + g of a sequence is query i under head
-** g of the group, so that a decoding step still has `group` rows to multiply with.
+** The query heads of one key head are stacked: row i * group + g of a sequence is query i under
+** head g of the group, so that a decoding step still has `group` rows to multiply with.
 */
 #ifndef QM_CPU_ATTENTION_H
 #define QM_CPU_ATTENTION_H

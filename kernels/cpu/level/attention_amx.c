@@ -1,5 +1,5 @@
-/* attention_amx.c - the forward pass of attention.c for bf16 in AMX tiles: everything transposed, so
-** that a vector holds one key's scores for QM_LANES rows and no sum runs across lanes.
+/* attention_amx.c - the forward pass of attention.c for bf16 in AMX tiles: everything transposed,
+** so that a vector holds one key's scores for QM_LANES rows and no sum runs across lanes.
 **
 **   S^T = K Q^T        K by rows, Q^T in words     [keys, rows]
 **   P^T = 2^(S^T - m)  rounded to bf16, keys paired into words
@@ -52,8 +52,9 @@ static workspace divide(char *memory, int64_t deep) {
   return w;
 }
 
-/* Scores [wide, ROWS] of the block's rows from `row` on to exponentials in w->p; maxima and sums move
-** on. keep: what the earlier results are worth against the new maxima; 0 when that is all of it. */
+/* Scores [wide, ROWS] of the block's rows from `row` on to exponentials in w->p; maxima and sums
+** move on. keep: what the earlier results are worth against the new maxima; 0 when that is all of
+** it. */
 static QM_AMX_TARGET int32_t exponentiate(const workspace *w, int64_t row, int64_t key,
                                           int64_t wide, int32_t masked, float factor, float *keep) {
   int32_t faded = 0;

@@ -1,6 +1,6 @@
 /* attention_backward.c - the gradient of softmax attention over packed sequences. Reference:
-** kernels/reference/attention.c, within f32 rounding. Source: Dao, arXiv 2307.08691, algorithm 2: the
-** probabilities come again from q, k and the saved log-sum-exp, and delta = dout . out.
+** kernels/reference/attention.c, within f32 rounding. Source: Dao, arXiv 2307.08691, algorithm 2:
+** the probabilities come again from q, k and the saved log-sum-exp, and delta = dout . out.
 **
 ** One unit of work is one sequence under one key head: dk and dv have one writer, and dq gathers in
 ** f32 over the key tiles, in order. For each tile of keys K and V are expanded and transposed once,

@@ -9,13 +9,6 @@
 
 enum { CHUNKS_MAX = 64, CHUNK_ROWS_MIN = 32 };
 
-/* A block of a tensor as f32: where it lies, or expanded into the buffer. */
-static inline const float *block(float *buffer, const qm_array *x, int64_t i, int64_t n) {
-  if (x->dtype == QM_F32) return (const float *)x->data + i;
-  qm_expand(buffer, x->data, x->dtype, i, n);
-  return buffer;
-}
-
 /* Sum of squares of one row of x, or of x + residual, which is written (and rounded) on the way. */
 static double row_squares(const qm_rms_norm_args *args, int64_t row) {
   float xs[QM_BLOCK], residuals[QM_BLOCK];
@@ -49,8 +42,8 @@ int32_t QM_CPU(rms_norm)(void *context, const qm_rms_norm_args *args) {
     ((float *)args->rstd.data)[r] = rstd;
     for (int64_t c = 0; c < args->columns; c += QM_BLOCK) {
       const int64_t n = QM_MIN(QM_BLOCK, args->columns - c);
-      const float *x = block(x_block, sum, row + c, n);
-      const float *weight = block(weight_block, &args->weight, c, n);
+      const float *x = qm_floats(sum, row + c, n, x_block);
+      const float *weight = qm_floats(&args->weight, c, n, weight_block);
       for (int64_t j = 0; j < n; j++) out[j] = x[j] * rstd * weight[j];
       qm_narrow(out, args->out.data, args->out.dtype, row + c, n);
     }
@@ -64,9 +57,9 @@ static float row_mean(const qm_rms_norm_backward_args *args, int64_t row, float 
   double total = 0.0;
   for (int64_t c = 0; c < args->columns; c += QM_BLOCK) {
     const int64_t n = QM_MIN(QM_BLOCK, args->columns - c);
-    const float *dout = block(dout_block, &args->dout, row + c, n);
-    const float *x = block(x_block, &args->sum, row + c, n);
-    const float *weight = block(weight_block, &args->weight, c, n);
+    const float *dout = qm_floats(&args->dout, row + c, n, dout_block);
+    const float *x = qm_floats(&args->sum, row + c, n, x_block);
+    const float *weight = qm_floats(&args->weight, c, n, weight_block);
     float dot = 0.0f;
 #pragma omp simd reduction(+ : dot)
     for (int64_t j = 0; j < n; j++) dot += dout[j] * weight[j] * x[j];
@@ -84,12 +77,12 @@ static void row_backward(const qm_rms_norm_backward_args *args, int64_t r,
   const float rstd = ((const float *)args->rstd.data)[r], mean = row_mean(args, row, rstd);
   for (int64_t c = 0; c < args->columns; c += QM_BLOCK) {
     const int64_t n = QM_MIN(QM_BLOCK, args->columns - c);
-    const float *dout = block(dout_block, &args->dout, row + c, n);
-    const float *x = block(x_block, &args->sum, row + c, n);
-    const float *weight = block(weight_block, &args->weight, c, n);
+    const float *dout = qm_floats(&args->dout, row + c, n, dout_block);
+    const float *x = qm_floats(&args->sum, row + c, n, x_block);
+    const float *weight = qm_floats(&args->weight, c, n, weight_block);
     for (int64_t j = 0; j < n; j++) dx[j] = rstd * (dout[j] * weight[j] - x[j] * rstd * mean);
     if (args->dsum.data != NULL) {
-      const float *dsum = block(dsum_block, &args->dsum, row + c, n);
+      const float *dsum = qm_floats(&args->dsum, row + c, n, dsum_block);
       for (int64_t j = 0; j < n; j++) dx[j] += dsum[j];
     }
     qm_narrow(dx, args->dx.data, args->dx.dtype, row + c, n);

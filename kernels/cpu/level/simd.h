@@ -93,8 +93,8 @@ QM_ALWAYS_INLINE qm_vec qm_vec_exp2(qm_vec x) {
   return (qm_vec)((qm_ivec)p + ((qm_ivec)shifted << 23));
 }
 
-/* 1 / x to 1 ulp for normal x with a normal inverse. A division of 16 lanes takes 16 cycles, so there
-** an estimate of 14 bits and one step of Newton's take its place. */
+/* 1 / x to 1 ulp for normal x with a normal inverse. A division of 16 lanes takes 16 cycles, so
+** there an estimate of 14 bits and one step of Newton's take its place. */
 QM_ALWAYS_INLINE qm_vec qm_vec_reciprocal(qm_vec x) {
 #if defined(__AVX512F__)
   const qm_vec estimate = (qm_vec)_mm512_rcp14_ps((__m512)x);

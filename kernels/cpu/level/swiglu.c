@@ -1,6 +1,6 @@
 /* swiglu.c - silu(gate) * up and its gradient, in blocks. Reference: kernels/reference/swiglu.c,
-** within the rounding of exp. 3 and 5 elements moved per element; a division or a library's exp would
-** take longer than the memory.
+** within the rounding of exp. 3 and 5 elements moved per element; a division or a library's exp
+** would take longer than the memory.
 */
 #include "simd.h"
 
