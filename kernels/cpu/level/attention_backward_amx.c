@@ -34,8 +34,7 @@ typedef struct workspace {
   int32_t *first, *end; /* [ROWS]: keys each row sees; none for rows that are not */
 } workspace;
 
-/* The next piece of `memory`, in whole cache lines; NULL where memory is: then only *used counts.
-** */
+/* The next piece of `memory`, in whole cache lines; where memory is NULL only *used counts. */
 static void *carve(char *memory, int64_t *used, int64_t bytes) {
   char *start = memory == NULL ? NULL : memory + *used;
   *used += (bytes + 63) / 64 * 64;
@@ -106,8 +105,7 @@ static QM_AMX_TARGET void differentiate(const workspace *w, int64_t row, int64_t
   }
 }
 
-/* Stacked rows at .. at + count - 1, the part from `row` on, against the tile of n keys at `key`.
-** */
+/* Stacked rows row .. row + count - 1 against the tile of n keys at `key`. */
 static void rows_backward(const sequence *s, const workspace *w, int64_t row, int64_t count,
                           int64_t key, int64_t n, float factor) {
   const int64_t deep = w->deep, words = row * deep / 2;
