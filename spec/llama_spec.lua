@@ -92,6 +92,12 @@ describe("qm.models.llama", function()
     for i, param in ipairs(stored:parameters()) do testing.assert_equal(param.grad, twins[i].grad, param.name) end
   end)
 
+  it("rotates with scaled positions where its configuration says so", function()
+    local model = tiny({ rope_scaling = { rope_type = "linear", factor = 2 } })
+    local cos = qm.rope_tables(4, 8, 10000, { scaling = { rope_type = "linear", factor = 2 } })
+    testing.assert_equal(cos, model.cos)
+  end)
+
   it("treats packed sequences as if each were alone", function()
     local model = tiny()
     local both = qm.no_grad(model.logits, model, ids({ 3, 1, 4, 1, 5 }), { 0, 2, 5 })

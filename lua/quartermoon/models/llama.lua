@@ -23,8 +23,8 @@ M.Llama = Llama
 local CONFIG = { vocab_size = check.required, hidden_size = check.required, intermediate_size = check.required,
   num_hidden_layers = check.required, num_attention_heads = check.required, num_key_value_heads = check.optional,
   head_dim = check.optional, rms_norm_eps = 1e-5, rope_theta = 10000, max_position_embeddings = 2048,
-  tie_word_embeddings = false, attention_bias = false, qk_norm = false, sliding_window = 0,
-  initializer_range = 0.02 }
+  rope_scaling = check.optional, tie_word_embeddings = false, attention_bias = false, qk_norm = false,
+  sliding_window = 0, initializer_range = 0.02 }
 
 local function check_config(name, config)
   config = check.options(name, config, CONFIG)
@@ -71,8 +71,9 @@ end
 ---A fresh model.
 ---@param config table  Hugging Face's names: vocab_size, hidden_size, intermediate_size, num_hidden_layers,
 ---   num_attention_heads, num_key_value_heads, head_dim, rms_norm_eps = 1e-5, rope_theta = 10000,
----   max_position_embeddings = 2048, tie_word_embeddings = false; also attention_bias = false (q, k, v:
----   Qwen 2), qk_norm = false (Qwen 3), sliding_window = 0 (Mistral), initializer_range = 0.02
+---   max_position_embeddings = 2048, rope_scaling = nil (see qm.rope_tables), tie_word_embeddings = false;
+---   also attention_bias = false (q, k, v: Qwen 2), qk_norm = false (Qwen 3), sliding_window = 0
+---   (Mistral), initializer_range = 0.02
 ---@param options table|nil  { dtype = "auto" ("f32", "bf16": of activations; auto: bf16 where the device
 ---   is fast at it), linear = { kind = "mpq", w_bit = 4, group_size = 64, ... } or { kind = "dense" },
 ---   checkpoint = false (true: blocks recompute in backward instead of storing), device, generator }
@@ -95,7 +96,7 @@ function M.new(config, options)
       std = config.initializer_range, device = more.device, generator = more.generator }))
   end
   self.cos, self.sin = qm.rope_tables(config.head_dim, config.max_position_embeddings, config.rope_theta,
-    { device = self.device })
+    { device = self.device, scaling = config.rope_scaling })
   self.cos:keep()
   self.sin:keep()
   self.rows_fresh, self.rows_old, self.rows_count = {}, {}, 0
