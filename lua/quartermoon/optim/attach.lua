@@ -42,6 +42,7 @@ function M.attach(optim, clip_each)
   end
 end
 
+---See Optim:detach.
 function M.detach(optim)
   for _, slot in ipairs(optim.slots) do slot.param.on_gradient = nil end
 end
