@@ -16,6 +16,7 @@ void QM_CPU(level)(qm_kernels *kernels) {
   kernels->mpq_pack = QM_CPU(mpq_pack);
   kernels->mpq_unpack = QM_CPU(mpq_unpack);
   kernels->mpq_update = QM_CPU(mpq_update);
+  kernels->mpq_update_bie = QM_CPU(mpq_update_bie);
   kernels->rms_norm = QM_CPU(rms_norm);
   kernels->rms_norm_backward = QM_CPU(rms_norm_backward);
   kernels->rope = QM_CPU(rope);

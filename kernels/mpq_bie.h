@@ -1,0 +1,87 @@
+/* mpq_bie.h - bitorch-engine's update step, element by element: what its two kernels, which walk
+** columns and blocks of columns, must round alike. T is the moments' type (the direction's, where
+** no moments are given); every operation is f32's, rounded to T. */
+#ifndef QM_MPQ_BIE_H
+#define QM_MPQ_BIE_H
+
+#include "mpq.h"
+
+typedef struct qm_bie_step {
+  const qm_mpq_update_bie_args *args;
+  int32_t dtype;      /* T */
+  int32_t pack_dtype; /* promote(T, the scales' type) */
+  float beta1, one_minus_beta1, beta2, one_minus_beta2, eps, rate;
+} qm_bie_step;
+
+static inline qm_bie_step qm_bie_step_of(const qm_mpq_update_bie_args *args) {
+  const qm_adam *adam = &args->adam;
+  const double t = (double)adam->step;
+  const double correction =
+      adam->correct_bias ? sqrt(1.0 - pow(adam->beta2, t)) / (1.0 - pow(adam->beta1, t)) : 1.0;
+  const int32_t dtype = args->exp_avg.data != NULL ? args->exp_avg.dtype : args->grad.dtype;
+  return (qm_bie_step){
+      .args = args,
+      .dtype = dtype,
+      .pack_dtype = dtype == args->q.scales.dtype ? dtype : QM_F32,
+      .beta1 = (float)adam->beta1,
+      .one_minus_beta1 = (float)(1.0 - adam->beta1),
+      .beta2 = (float)adam->beta2,
+      .one_minus_beta2 = (float)(1.0 - adam->beta2),
+      .eps = (float)adam->eps,
+      .rate = (float)(adam->lr * correction),
+  };
+}
+
+/* Move the moments of one element; the direction u. */
+static inline float qm_bie_direction(const qm_bie_step *step, int64_t at) {
+  const qm_mpq_update_bie_args *args = step->args;
+  const int32_t type = step->dtype;
+  const float grad = qm_load(args->grad.data, args->grad.dtype, at);
+  if (args->exp_avg.data == NULL) return grad;
+  const float g = args->adam.grad_scale == 1.0 ? grad : grad * (float)args->adam.grad_scale;
+  float m = qm_round_to(type, step->beta1 * qm_load(args->exp_avg.data, type, at));
+  m = qm_round_to(type, m + step->one_minus_beta1 * g);
+  float v = qm_round_to(type, step->beta2 * qm_load(args->exp_avg_sq.data, type, at));
+  v = qm_round_to(type, v + step->one_minus_beta2 * g * g);
+  qm_store(args->exp_avg.data, type, at, m);
+  qm_store(args->exp_avg_sq.data, type, at, v);
+  const float d = qm_round_to(type, qm_round_to(type, sqrtf(v)) + step->eps);
+  return qm_round_to(type, m / d);
+}
+
+/* The weight as the original unpacks it: a number of the scales' type, then of T. */
+static inline float qm_bie_decode(const qm_bie_step *step, float code, float scale, float zero) {
+  const qm_mpq_view *q = &step->args->q;
+  const int32_t dtype = q->scales.dtype;
+  const float w = q->asym ? scale * (code - zero) : qm_round_to(dtype, code * scale) - zero;
+  return qm_round_to(step->dtype, qm_round_to(dtype, w));
+}
+
+static inline uint32_t qm_bie_encode(const qm_bie_step *step, float w, float scale, float zero) {
+  const qm_mpq_view *q = &step->args->q;
+  const int32_t type = step->pack_dtype;
+  const float y = q->asym ? qm_round_to(type, qm_round_to(type, w / scale) + zero)
+                          : qm_round_to(type, qm_round_to(type, w + zero) / scale);
+  const float top = (float)qm_mpq_mask(q->w_bit), code = rintf(y);
+  return !(code > 0.0f) ? 0u : code > top ? (uint32_t)top : (uint32_t)code;
+}
+
+/* What a row adds to its group's mean: u (sym) or zero + a u (asym). */
+static inline float qm_bie_mean_term(const qm_bie_step *step, float u, float zero) {
+  return step->args->q.asym ? qm_round_to(step->dtype, zero + step->rate * u) : u;
+}
+
+/* Move group g's zero of column n by the mean. asym: toward zero, wrapping modulo 2^w_bit. */
+static inline void qm_bie_move_zero(const qm_bie_step *step, int64_t g, int64_t n, double sum,
+                                    int64_t count) {
+  const qm_mpq_view *q = &step->args->q;
+  if (count == 0) return;
+  const float mean = qm_round_to(step->dtype, (float)(sum / (double)count));
+  if (!q->asym)
+    qm_store(q->zeros.data, q->zeros.dtype, g * q->n + n,
+             qm_mpq_zero(q, g, n) + qm_round_to(step->dtype, step->rate * mean));
+  else if (fabsf(mean) < 0x1p62f)
+    qm_mpq_set_zero_point(q, g, n, (int64_t)truncf(mean));
+}
+
+#endif
