@@ -25,7 +25,7 @@ struct qm_file {
 /* Open and lock the partial file. It may be renamed away between the two calls, when another
 ** writer commits; then what we hold is no longer the partial file, and we try again. */
 static int32_t open_partial(qm_file *file) {
-  const int flags = O_WRONLY | O_CREAT | O_NOFOLLOW | O_CLOEXEC;
+  const int flags = O_WRONLY | O_CREAT | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC;
   for (int i = 0; i < TRIES; i++) {
     const int descriptor = open(file->partial_path, flags, 0666);
     if (descriptor < 0) return qm__fail(QM_E_IO, "%s: %s", file->partial_path, strerror(errno));

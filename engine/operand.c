@@ -32,12 +32,12 @@ int64_t qm__count(const qm_tensor *x) {
 }
 
 /* Bounds the product of the extents other than 0, so that nothing made of them overflows. */
-static const int64_t volume_max = INT64_MAX / 16;
+static const int64_t volume_max = (int64_t)1 << 52;
 
 void qm__describe(const qm_tensor *x, char *text, size_t size) {
   const char *dtype = qm_dtype_name(x->dtype);
   size_t used = (size_t)snprintf(text, size, "%s [", dtype == NULL ? "?" : dtype);
-  for (int32_t i = 0; i < x->ndim && used < size; i++)
+  for (int32_t i = 0; i < x->ndim && i < QM_DIMS_MAX && used < size; i++)
     used += (size_t)snprintf(text + used, size - used, i == 0 ? "%lld" : ", %lld",
                              (long long)x->shape[i]);
   if (used < size) snprintf(text + used, size - used, "]");

@@ -202,7 +202,7 @@ int32_t qm__safetensors_parse(const char *bytes, int64_t size_bytes, qm_safetens
 /* ---- the handle ---- */
 
 static int32_t map_file(const char *path, void **map, size_t *size_bytes) {
-  const int file = open(path, O_RDONLY | O_CLOEXEC);
+  const int file = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC); /* a pipe must not wait */
   if (file < 0) return qm__fail(QM_E_IO, "%s", strerror(errno));
   struct stat about;
   if (fstat(file, &about) != 0 || !S_ISREG(about.st_mode)) {

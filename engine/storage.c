@@ -48,7 +48,7 @@ int32_t qm_storage_map(qm_device *device, const char *path, qm_storage **out) {
   if (!device->backend->host_memory)
     return qm__fail(QM_E_UNSUPPORTED, "files map into host devices, not into %s",
                     device->backend->name);
-  const int file = open(path, O_RDONLY | O_CLOEXEC);
+  const int file = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC); /* a pipe must not wait */
   struct stat status_of;
   if (file < 0) return qm__fail(QM_E_IO, "%s: %s", path, strerror(errno));
   if (fstat(file, &status_of) != 0 || !S_ISREG(status_of.st_mode)) {

@@ -66,6 +66,7 @@ static void describe(void *context, qm_device_info *out) {
 
 const qm_backend *qm_reference_backend(const qm_host *host) {
   static qm_backend backend;
+  if (backend.struct_size != 0) return &backend; /* other threads may be reading it */
   qm_reference_host = host;
   backend = (qm_backend){
       .version = QM_BACKEND_VERSION,
