@@ -181,8 +181,8 @@ print(("\n(b) fine-tuning, %d steps at learning rate %g, nats per character on h
   o.tune_steps, o.tune_lr))
 print(("%-28s %9s %16s %9s"):format("", "loss", "of dense's gain", "moved"))
 for _, result in ipairs(tuned) do
-  print(("%-28s %9.4f %15.1f%% %9s"):format(result.row.name, result.loss, 100 * (frozen - result.loss) / (frozen - full),
-    result.moved and ("%.3f%%"):format(100 * result.moved) or "-"))
+  print(("%-28s %9.4f %15.1f%% %9s"):format(result.row.name, result.loss,
+    100 * (frozen - result.loss) / (frozen - full), result.moved and ("%.3f%%"):format(100 * result.moved) or "-"))
 end
 qm.plot.curves(o.out .. "/finetune.png", series_of(tuned), { title = "Fine-tuning: Jargon File",
   x = "step", y = "training loss, nats per character" })

@@ -46,7 +46,8 @@ local function measure(linear)
     peak_bytes = peak_bytes }
 end
 
-print(("%s; %d tokens a step, median of %d steps"):format(qm.default_device():info().description, BATCH * CONTEXT, steps))
+print(("%s; %d tokens a step, median of %d steps"):format(qm.default_device():info().description,
+  BATCH * CONTEXT, steps))
 local dense = measure({ kind = "dense" })
 local mpq = measure({ kind = "mpq", w_bit = 4, group_size = 64 })
 for name, result in pairs({ dense = dense, ["4-bit"] = mpq }) do
