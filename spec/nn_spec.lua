@@ -43,7 +43,7 @@ describe("qm.nn modules", function()
   end)
 
   it("print as a tree, equal members of a list once", function()
-    assert.equal("Pair(): 15 weights, 0.0 MiB\n  first: Linear(2 -> 3, f32)\n  layers: List()\n"
+    assert.equal("Pair(): 15 weights, 0.1 KiB\n  first: Linear(2 -> 3, f32)\n  layers: List()\n"
       .. "    0 - 1: RMSNorm(3, eps 1e-06)", tostring(Pair.new()))
   end)
 

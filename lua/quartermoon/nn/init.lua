@@ -1,7 +1,7 @@
 ---Layers. See nn/module.lua for what a module is.
 ---
 ---    local layer = qm.nn.QLinear.new(256, 512, { w_bit = 4, group_size = 64 })
----    print(layer)                -- QLinear(256 -> 512, 4 bit, group 64): 131072 weights, 0.1 MiB
+---    print(layer)                -- QLinear(256 -> 512, 4 bit, group 64): 131072 weights, 69.0 KiB
 ---    local y = layer(x)
 
 local M = {}

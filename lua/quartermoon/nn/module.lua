@@ -174,7 +174,10 @@ end
 ---The tree, with weights and bytes of the whole.
 function Module:__tostring()
   local lines = lines_of(self, "", {})
-  lines[1] = ("%s: %d weights, %.1f MiB"):format(lines[1], self:parameter_count(), self:weight_bytes() / 2 ^ 20)
+  local size_bytes = self:weight_bytes()
+  local unit, scale = "MiB", 2 ^ 20
+  if size_bytes < scale then unit, scale = "KiB", 2 ^ 10 end
+  lines[1] = ("%s: %d weights, %.1f %s"):format(lines[1], self:parameter_count(), size_bytes / scale, unit)
   return table.concat(lines, "\n")
 end
 
