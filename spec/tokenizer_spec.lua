@@ -177,6 +177,17 @@ describe("qm.tokenizer", function()
     end)
   end
 
+  it("writes only into host buffers, and only where there is room", function()
+    local tokenizer = qm.tokenizer.byte()
+    local buffer = require("quartermoon.host_buffer").new("u8", 3)
+    assert.equal(3, tokenizer:encode_into("ab", buffer, 1))
+    for _, case in ipairs({ { "abc", buffer, 1 }, { "a", buffer, -1 }, { "a", qm.ones({ 1 }).desc, 0 }, { "a" } }) do
+      assert.error_matches(function() tokenizer:encode_into(unpack(case, 1, 3)) end, "tokenizer:encode_into: argument")
+    end
+    local x = qm.tensor({ 1, 2 }, { dtype = "u8" })
+    assert.error_matches(function() x:read_elements(1, 2, x.desc) end, "a host buffer of 2 u8", 1, true)
+  end)
+
   it("encodes in linear time, whatever the text", function()
     local tokenizer = qm.tokenizer.train_bpe(("ab"):rep(2000), { vocab_size = 300 })
     local text = ("ab"):rep(100000)

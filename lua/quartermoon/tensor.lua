@@ -4,6 +4,7 @@
 local ffi = require("ffi")
 local binding = require("quartermoon.ffi")
 local check = require("quartermoon.check")
+local host_buffer = require("quartermoon.host_buffer")
 local devices = require("quartermoon.device")
 local dtypes = require("quartermoon.dtypes")
 local scopes = require("quartermoon.scope")
@@ -192,13 +193,7 @@ function M.from_string(text, options)
   return tensor
 end
 
----Host memory for `count` elements, to index from 0 and hand to `from_host` and `read_elements`.
----Indices are not checked. Without f16 and bf16, which Lua cannot read.
-function M.host_buffer(dtype, count)
-  check.one_of("host_buffer", "dtype", dtype, { "f32", "i8", "u8", "i16", "i32", "i64" })
-  check.integer("host_buffer", "count", count, 0)
-  return ffi.new(ELEMENT[dtype] .. "[?]", math.max(count, 1))
-end
+M.host_buffer, M.check_buffer = host_buffer.new, host_buffer.check
 
 ---A tensor [count] with the first elements of a host buffer.
 ---@param buffer ffi.cdata*  from host_buffer(dtype, at least count)
@@ -207,8 +202,7 @@ function M.from_host(buffer, count, dtype, options)
   local name = "from_host"
   check.integer(name, "count", count, 0)
   check.one_of(name, "dtype", dtype, DTYPE_NAMES)
-  if type(buffer) ~= "cdata" then check.fail(name, "buffer", "a host buffer", buffer) end
-  if ffi.sizeof(buffer) < count * DTYPE_SIZE[dtype] then check.fail(name, "buffer", count .. " elements", buffer) end
+  host_buffer.check(name, buffer, count, dtype)
   options = check.options(name, options, { device = check.optional })
   local tensor = new(name, { count }, { dtype = dtype, device = options.device })
   binding.check(lib.qm_write(tensor.desc, buffer, count * DTYPE_SIZE[dtype]), name)

@@ -3,6 +3,7 @@
 local ffi = require("ffi")
 local binding = require("quartermoon.ffi")
 local check = require("quartermoon.check")
+local host_buffer = require("quartermoon.host_buffer")
 local dtypes = require("quartermoon.dtypes")
 local lib = binding.lib
 
@@ -42,7 +43,7 @@ function Reading:read_elements(first, length, buffer)
   local name, size = "read_elements", dtypes.size[self:alive("read_elements").dtype]
   check.integer(name, "first", first, 1, self.shape[1] + 1)
   check.integer(name, "length", length, 0, self.shape[1] + 1 - first)
-  if ffi.sizeof(buffer) < length * size then check.fail(name, "buffer", length .. " elements", buffer) end
+  host_buffer.check(name, buffer, length, self.dtype)
   window.storage, window.dtype, window.ndim = self.storage, self.desc.dtype, 1
   window.offset_bytes, window.shape[0] = self.desc.offset_bytes + (first - 1) * size, length
   binding.check(lib.qm_read(window, buffer, length * size), name)

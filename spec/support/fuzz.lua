@@ -13,8 +13,8 @@ local now = require("quartermoon.clock").now
 
 -- Not called: what runs programs, deletes or moves files, ends the process, waits for a person, or
 -- would lift the limits below.
-local SKIPPED = { "^qm%.repl", "^qm%.cli", "^qm%.options%.parse", "^qm%.plot", "^qm%.files", "set_limit", "remove", "delete",
-  "rename", "^qm%.profile" }
+local SKIPPED = { "^qm%.repl", "^qm%.cli", "^qm%.options%.parse", "^qm%.plot", "^qm%.files", "set_limit",
+  "remove", "delete", "rename", "^qm%.profile" }
 
 local LIMIT_BYTES = 256 * 2 ^ 20
 for _, name in ipairs({ "cpu", "reference" }) do qm.device(name):set_limit(LIMIT_BYTES) end

@@ -29,6 +29,13 @@ end
 ---@return integer|nil
 function Base:special(word) return self.special_ids[word] end
 
+---What encode_into may be given: a text and a host buffer with room for its bytes from `at` on.
+function Base.check_into(text, buffer, at)
+  local name = "tokenizer:encode_into"
+  check.type(name, "text", text, "string")
+  tensors.check_buffer(name, buffer, check.integer(name, "at", at, 0) + #text)
+end
+
 ---Text as token ids.
 ---@param text string  any bytes
 ---@param options table|nil  { device = default }

@@ -60,6 +60,7 @@ end
 
 ---Write ids to buffer[at] and on; it has room for #text more. @return integer  the index behind them
 function Bpe:encode_into(text, buffer, at)
+  Base.check_into(text, buffer, at)
   local cache, first = self.cache, 1
   while first <= #text do
     local last = split.piece_end(text, first)

@@ -18,6 +18,7 @@ end
 
 ---Write ids to buffer[at] and on; it has room for #text more. @return integer  the index behind them
 function Byte.encode_into(_, text, buffer, at)
+  Base.check_into(text, buffer, at)
   for i = 1, #text do buffer[at + i - 1] = text:byte(i) end
   return at + #text
 end
