@@ -303,6 +303,33 @@ describe("qm.QParam.update", function()
     testing.assert_close(q.privileged_grad:view_rows("spec", 1, 32) * 0.01, m, 1e-5)
   end)
 
+  it("takes hundreds of steps in the same memory, the collector stopped", function()
+    local projector = qm.projector.galore({ rank = 4, update_proj_gap = 20 })
+    local device = qm.default_device()
+    for _, options in ipairs({ { feedback = "momentum", grid = "refit", refit_every = 10 }, { projector = projector },
+      { mode = "bie" } }) do
+      local q = mpq.random(64, 32, { asym = false, residual_bits = options.projector and 8 or 0 }):to(device)
+      local rows = options.projector and 4 or 64 -- K >= N projects on the right: [64, 4]
+      local shape = rows == 64 and { 64, 32 } or { 64, rows }
+      local m, v = qm.zeros(shape), qm.zeros(shape)
+      local x = qm.randn({ 5, 64 })
+      local live
+      collectgarbage()
+      collectgarbage("stop")
+      for step = 0, 150 do
+        local loss = qm.qlinear(x, q)
+        local dout = qm.ones({ 5, 32 })
+        loss:backward(dout)
+        loss:free()
+        dout:free()
+        qm.QParam.update(q, with({ step = step, exp_avg_l = m, exp_avg_s = v, lr = 1e-3 }, options))
+        if step == 1 then live = device:memory().live_bytes end
+      end
+      assert.equal(live, device:memory().live_bytes)
+      collectgarbage("restart")
+    end
+  end)
+
   it("has the original's quirks only in its mode", function()
     local function parameter()
       local q = qm.QParam.quantize(qm.full({ 32, 32 }, 1), { asym = false, dtype = "f32" })
