@@ -276,7 +276,8 @@ int32_t qm_adam_direction(const qm_tensor *grad, const qm_tensor *exp_avg,
 /* ---- quantized parameters: MPQ (layer kind 1) and MBWQ-q (kind 2, one width) ----
 **
 ** A weight W [K, N], K inputs (a multiple of 32), N outputs, on groups along K:
-**   asym: W = scales[g] * (q - zero[g]), zeros packed i32 [G, N * w_bit / 32], field = zero - 1
+**   asym: W = scales[g] * (q - zero[g]), zeros packed i32 [G, N * w_bit / 32], field = zero - 1;
+**         N a multiple of 32
 **   sym:  W = q * scales[g] - zeros[g],  zeros like scales (a product zero); one rounding (fma)
 ** Codes lie along K: row p is in word row p / (32 / w_bit), bits w_bit * (p mod (32 / w_bit)).
 ** Row p holds feature q_perm[p] (identity without); g = g_idx[feature] where there is a g_idx,
@@ -327,7 +328,9 @@ typedef struct qm_mpq_update_options {
 /* One fused step on the fixed grid: decode, Adam, decay, round, feedback, encode.
 ** grad float [K, N] in feature order; exp_avg, exp_avg_sq f32 or bf16 [K, N], or both NULL: then
 ** grad is already the direction u (a projector's output). health i64 [4] or NULL, accumulates:
-** elements, codes that moved, values clipped to the grid's ends, non-finite values. */
+** elements, codes that moved, values clipped to the grid's ends, non-finite values (those elements
+** keep their codes and moments). Random bits: element p * N + n for packed row p; streams CODES
+** and, for bf16 moments, EXP_AVG and EXP_AVG_SQ. */
 int32_t qm_mpq_update(const qm_mpq *q, const qm_tensor *grad, const qm_tensor *exp_avg,
                       const qm_tensor *exp_avg_sq, const qm_mpq_update_options *options,
                       const qm_tensor *health);
