@@ -57,7 +57,7 @@ end
 function Run:bytes()
   local parts = {}
   for _, entry in ipairs(self.model:named_parameters()) do
-    for _, part in ipairs(qm.nn.parts(entry)) do parts[#parts + 1] = part.tensor:bytes() end
+    for _, part in ipairs(require("quartermoon.nn.module").parts(entry)) do parts[#parts + 1] = part.tensor:bytes() end
   end
   return table.concat(parts)
 end

@@ -6,7 +6,11 @@
 
 local M = {}
 
-for _, part in ipairs({ "module", "layers", "transformer" }) do
+local module = require("quartermoon.nn.module")
+M.Module, M.List, M.class, M.create = module.Module, module.List, module.class, module.create
+M.is_module, M.is_quantized = module.is_module, module.is_quantized
+
+for _, part in ipairs({ "layers", "transformer" }) do
   for name, value in pairs(require("quartermoon.nn." .. part)) do M[name] = value end
 end
 

@@ -66,8 +66,11 @@ end
 local QLinear = module.class("QLinear")
 M.QLinear = QLinear
 
----How much wider than its fresh weights a grid is. A fixed grid clips what grows beyond its ends;
----a wider one has coarser steps.
+---How much wider than its fresh weights a grid is. A fixed grid clips what grows beyond its ends; a
+---wider one has coarser steps. Measured on text (4 bits in groups of 64, momentum feedback, 600 steps,
+---two seeds, nats per character): 1.25 costs 0.022, 1.5 costs 0.010 (one seed), though with 1 the share
+---of codes at the ends grows from 4 to 9 %. A spread of 0.5 / sqrt(inputs) costs 0.025: its grid is
+---too narrow for the weights to grow.
 local GRID_RANGE = 1
 
 local QUANTIZE_DEFAULTS = { w_bit = 4, group_size = 64, asym = true, scale_dtype = "f16", method = "minmax",

@@ -16,6 +16,7 @@ M.Module = Module
 ---A class of modules: a table for its methods, `forward` among them.
 ---@param class_name string  what printing shows
 function M.class(class_name)
+  check.type("qm.nn.class", "class_name", class_name, "string")
   local class = setmetatable({ class_name = class_name }, { __index = Module })
   class.__index = class
   class.__call = function(self, ...) return self:forward(...) end
@@ -25,7 +26,12 @@ function M.class(class_name)
 end
 
 ---A new, empty module of a class made with `class`.
-function M.create(class) return setmetatable({ members = {} }, class) end
+function M.create(class)
+  if type(class) ~= "table" or type(class.class_name) ~= "string" then
+    check.fail("qm.nn.create", "class", "a class of modules, made with qm.nn.class", class)
+  end
+  return setmetatable({ members = {} }, class)
+end
 
 ---A parameter that is quantized, rather than a tensor or a module?
 local function is_quantized(value) return type(value) == "table" and rawget(value, "w_bit") ~= nil end
@@ -39,6 +45,8 @@ M.is_module = is_module
 ---@param value qm.Tensor|qm.QParam|qm.Module
 ---@return any value
 function Module:register(name, value)
+  if not is_module(self) then check.fail("module:register", "self", "a module, made with qm.nn.create", self) end
+  check.type("module:register", "name", name, "string")
   if not (check.is_tensor(value) or is_quantized(value) or is_module(value)) then
     check.fail("module:register", name, "a tensor, a QParam or a module", value)
   end

@@ -34,6 +34,8 @@ end
 
 ---Add rows; the keys and values of all rows so far, as views for the caller to free.
 function KeyValues:append(k, v)
+  check.desc("key_values:append", "k", k)
+  check.desc("key_values:append", "v", v)
   local first, rows = self.length + 1, k.shape[1]
   for name, fresh in pairs({ k = k, v = v }) do
     local place = self[name]:view_rows("key_values", first, rows)
