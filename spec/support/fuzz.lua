@@ -215,22 +215,74 @@ local function judge(path, is_fair, ok, ...)
   end
 end
 
-local function call(path, fn, receiver, class)
-  shared = { shape = shape(), dtype = pick(DTYPES), device = random(4) == 1 and "reference" or "cpu" }
-  local arguments, count = {}, random(6) - 1
-  if receiver then arguments[1], count = receiver, count + 1 end
-  for i = receiver and 2 or 1, count do arguments[i] = value() end
+local function call_with(path, fn, is_fair, arguments, count)
   local words = {}
   for i = 1, count do words[i] = describe(arguments[i]) end
   last_call:seek("set", 0)
   last_call:write((("%s(%s)"):format(path, table.concat(words, ", ")) .. (" "):rep(2000)):sub(1, 2000), "\n")
   last_call:flush()
   local started = now()
-  local is_fair = receiver or not class or getmetatable(arguments[1]) == class
   judge(path, is_fair, pcall(fn, unpack(arguments, 1, count)))
   local elapsed_s = now() - started
   if elapsed_s > slowest_s then slowest_s, slowest = elapsed_s, path .. "(" .. table.concat(words, ", ") .. ")" end
   calls = calls + 1
+end
+
+---Anything at all for arguments.
+local function call(path, fn, receiver, class)
+  shared = { shape = shape(), dtype = pick(DTYPES), device = random(4) == 1 and "reference" or "cpu" }
+  local arguments, count = {}, random(6) - 1
+  if receiver then arguments[1], count = receiver, count + 1 end
+  for i = receiver and 2 or 1, count do arguments[i] = value() end
+  local is_fair = receiver or not class or getmetatable(arguments[1]) == class
+  call_with(path, fn, is_fair, arguments, count)
+end
+
+local RIGHT_CALLS = {}
+for _, name in ipairs({ "cpu", "reference" }) do
+  for _, entry in ipairs(dofile(root .. "/spec/support/fuzz_calls.lua")(qm, name)) do
+    RIGHT_CALLS[#RIGHT_CALLS + 1] = entry
+  end
+end
+local wrong_before_spoiling = {}
+
+---Arguments that are right but for one, or for one entry of a table among them.
+local function call_spoilt(entry)
+  local path, make = entry[1], entry[2]
+  local made = { pcall(make) }
+  if not made[1] then
+    wrong_before_spoiling[path] = tostring(made[2])
+    return
+  end
+  local arguments, count = { unpack(made, 2, #made) }, #made - 1
+  local fn = path:sub(1, 2) == "x:" and arguments[1][path:sub(3)] or qm
+  if fn == qm then for part in path:sub(4):gmatch("[^.]+") do fn = fn[part] end end
+  shared = { shape = shape(), dtype = pick(DTYPES), device = "cpu" }
+  if random(5) > 1 then
+    local at = random(count + 1)
+    local target = arguments[at]
+    if type(target) == "table" and not rawget(target, "desc") and random(3) > 1 then
+      local names = sorted_names(target)
+      if #names > 0 then
+        local name = random(6) == 1 and pick(KEYS) or pick(names)
+        target[name] = value()
+      elseif #target > 0 then
+        target[random(#target)] = value()
+      end
+    else
+      arguments[at] = value()
+      count = math.max(count, at)
+    end
+  end
+  call_with(path, fn, false, arguments, count)
+  if count > 0 and random(3) == 1 then
+    for _, result in ipairs(pool) do
+      if rawget(result, "node") and random(4) == 1 then
+        call_with("backward", result.backward, false, { result, random(2) == 1 and value() or nil }, 2)
+        break
+      end
+    end
+  end
 end
 
 io.stdout:setvbuf("line")
@@ -242,6 +294,7 @@ while now() < deadline do
     seed_pool()
     collectgarbage()
   end
+  if random(2) == 1 then call_spoilt(pick(RIGHT_CALLS)) end
   local object = random(2) == 1 and (random(2) == 1 and tensor() or pool[random(60)])
   if object and getmetatable(object) then
     local path, method = method_of(object)
@@ -256,4 +309,7 @@ print(("%d calls of %d functions and of methods, %d errors, %d unhelpful; slowes
   errors, #sorted_names(unhelpful), slowest_s, slowest:sub(1, 160)))
 if #missing > 0 then print("not there: " .. table.concat(missing, ", ")) end
 for _, where in ipairs(sorted_names(unhelpful)) do print("unhelpful: " .. where .. " by " .. unhelpful[where]) end
+for _, path in ipairs(sorted_names(wrong_before_spoiling)) do
+  print("cannot be made: " .. path .. ": " .. wrong_before_spoiling[path])
+end
 print("SURVIVED")
