@@ -43,6 +43,9 @@ local MISTAKES = {
   { function() local _ = qm.matmul(x, x) end, "qm.matmul: argument 'b': expected " },
   { function() qm.set_default_device("tpu") end, "qm.set_default_device: no backend 'tpu': " },
   { function() qm.seed(-1) end, "qm.seed: argument 'seed': expected an integer from 0 to 4294967295, got number -1" },
+  { function() local _ = qm.checkpoint(qm.ones, 2, 3) end, "qm.ones: " },
+  { function() local _ = qm.checkpoint(function() return 1 end, x) end,
+    "qm.checkpoint: argument 'body': expected a function that returns tensors, got number 1" },
   { function() local _ = qm.map_file("/no/such/file") end, "qm.map_file: /no/such/file: No such file or directory" },
 }
 

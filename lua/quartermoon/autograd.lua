@@ -213,11 +213,17 @@ end
 ---   parameters only, and give the same results twice
 ---@return qm.Tensor ...
 function M.checkpoint(body, ...)
+  check.type("qm.checkpoint", "body", body, "function")
   if not enabled then return body(...) end
   local arguments, count = { ... }, select("#", ...)
   local inputs = {}
   for i = 1, count do inputs[i] = check.is_tensor(arguments[i]) and arguments[i] or false end
   local outputs = { tensors.scope(function() return M.no_grad(body, unpack(arguments, 1, count)) end) }
+  for i = 1, #outputs do
+    if not check.is_tensor(outputs[i]) then
+      check.fail("qm.checkpoint", "body", "a function that returns tensors", outputs[i])
+    end
+  end
   local function backward(...)
     local leaves = {}
     for i = 1, count do

@@ -14,7 +14,10 @@ function M.describe(value)
   if kind == "string" then return "string '" .. (#value > 40 and value:sub(1, 37) .. "..." or value) .. "'" end
   if kind == "number" or kind == "boolean" then return kind .. " " .. tostring(value) end
   local class = kind == "table" and getmetatable(value)
-  if type(class) == "table" and class.describe then return class.describe(value) end
+  if type(class) == "table" and class.describe then
+    local ok, words = pcall(class.describe, value) -- an object half made may not be able to say
+    if ok and type(words) == "string" then return words end
+  end
   return "a " .. kind
 end
 

@@ -22,7 +22,7 @@ local function brief(value)
   if kind == "function" then return "function" end
   if kind ~= "table" then return tostring(value) end
   local class = getmetatable(value)
-  if type(class) == "table" and type(class.describe) == "function" then return class.describe(value) end
+  if type(class) == "table" and class.describe then return require("quartermoon.check").describe(value) end
   if type(class) == "table" and class.__tostring then return (tostring(value):match("[^\n]*")) end
   return next(value) == nil and "{}" or "{...}"
 end
