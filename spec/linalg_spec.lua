@@ -304,4 +304,13 @@ describe("the decompositions", function()
       testing.assert_close(expected[2], actual[2], 1e-4)
     end
   end)
+
+  it("adds the gradients of products that share an input, without a tensor for each", function()
+    local options = { device = "reference", requires_grad = true }
+    local x, a, b = qm.randn({ 5, 3 }, options), qm.randn({ 3, 4 }, options), qm.randn({ 3, 4 }, options)
+    testing.check_gradients(function(input, first, second)
+      local shared = qm.tanh(input) -- not a leaf: its gradient gathers in a tensor of the tape's
+      return qm.linear(shared, first) * qm.linear(shared, second) + qm.linear(shared, first)
+    end, { x, a, b }, { tolerance = 5e-3 })
+  end)
 end)

@@ -163,17 +163,29 @@ local function count_uses(nodes)
   return uses
 end
 
+local running -- the gradients that the running backward() has gathered, by tensor
+
+---What has gathered so far of an input's gradient, if it may change in place: an operation may then add
+---to it (a product with beta 1) and return nil for that input, sparing a tensor and a pass over it.
+---@param input qm.Tensor
+---@return qm.Tensor|nil  of the input's type and shape
+function M.gathered(input)
+  local sum = running and running[input]
+  if sum and sum.dtype == input.dtype and sum:references() == 1 then return sum end
+end
+
 ---Gradients from several tensors at once; see Tensor:backward. Takes over the gradients. A leaf with a
 ---function `on_gradient` has it called, `leaf.on_gradient(leaf)`, as soon as its gradient is complete.
 ---@param roots qm.Tensor[]
 ---@param root_grads qm.Tensor[]  one for each root
 function M.backward(roots, root_grads)
-  local grads, is_root = {}, {}
+  local grads, is_root, outer = {}, {}, running
   for i, root in ipairs(roots) do
     grads[root] = grads[root] and add(grads[root], root_grads[i]) or root_grads[i]
     is_root[root] = true
   end
-  M.no_grad(function()
+  running = grads
+  local ok, message = pcall(M.no_grad, function()
     local nodes = collect_nodes(roots)
     local uses = count_uses(nodes)
     for _, node in ipairs(nodes) do
@@ -187,6 +199,8 @@ function M.backward(roots, root_grads)
       end
     end
   end)
+  running = outer
+  if not ok then error(message, 0) end
 end
 
 ---Gradients of this tensor with respect to every leaf it depends on, added to the leaves' `.grad`.

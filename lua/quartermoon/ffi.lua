@@ -48,7 +48,14 @@ if not pcall(ffi.typeof, "qm_tensor") then
   local text = file:read("*a")
   file:close()
   local declarations = text:match("/%* cdef: begin %*/(.*)/%* cdef: end %*/")
+  ffi.cdef("int setenv(const char *name, const char *value, int overwrite);")
   ffi.cdef(assert(declarations, header_path .. ": no cdef section") .. "\n")
+end
+
+-- A waiting thread of OpenMP's spins for many milliseconds by default. Where another program wants the
+-- cores too, that made whole training steps ten times slower; a short spin costs nothing where not.
+if not os.getenv("OMP_WAIT_POLICY") and not os.getenv("GOMP_SPINCOUNT") then
+  ffi.C.setenv("GOMP_SPINCOUNT", "10000", 1)
 end
 
 ---The library. Call `lib.qm_x(...)` in full: the JIT resolves it, and the namespace must stay alive.

@@ -4,34 +4,13 @@ local ffi = require("ffi")
 local binding = require("quartermoon.ffi")
 local check = require("quartermoon.check")
 local autograd = require("quartermoon.autograd")
+local product = require("quartermoon.product")
 local tensors = require("quartermoon.tensor")
 local lib = binding.lib
 local record, needs_grad = autograd.record, autograd.needs_grad
+local gemm, product_gradient = product.gemm, product.gradient
 
 local M = {}
-
----out = op(a) op(b) + beta out.
----@param names table|nil  what the caller's user calls a and b, for error messages
-local function gemm(name, a, b, out, trans_a, trans_b, beta, names)
-  local status = lib.qm_gemm(a.desc, b.desc, out.desc, trans_a and 1 or 0, trans_b and 1 or 0, 1, beta or 0)
-  if status ~= 0 then
-    local sentence = binding.last_error()
-    binding.raise(name .. ": " .. (names and sentence:gsub("(argument ')(%w+)", function(lead, argument)
-      return lead .. (names[argument] or argument)
-    end) or sentence))
-  end
-  return out
-end
-
----The gradient op(a) op(b) of `input`. Into a leaf's own buffer where it is one, and then nothing is
----left to return; else a new tensor of the input's type.
-local function product_gradient(name, input, a, b, trans_a, trans_b)
-  if not needs_grad(input) then return nil end
-  if input.node then return gemm(name, a, b, input:empty_like(), trans_a, trans_b) end
-  local buffer, beta = autograd.leaf_grad(input)
-  gemm(name, a, b, buffer, trans_a, trans_b, beta)
-  return nil
-end
 
 local MATMUL_OPTIONS = { trans_a = false, trans_b = false }
 
@@ -80,17 +59,6 @@ local function with_type_of(x, tensor, body)
   return result
 end
 
----The gradient of a bias: the sum of dout's rows, f32.
-local function bias_gradient(name, bias, dout)
-  if not needs_grad(bias) then return nil end
-  local dbias = bias:empty_like("f32")
-  binding.check(lib.qm_reduce(ffi.C.QM_SUM, dout.desc, dbias.desc, 0), name)
-  if not bias.node or bias.dtype == "f32" then return dbias end
-  local cast = dbias:to(bias.dtype)
-  dbias:free()
-  return cast
-end
-
 local LINEAR_NAMES = { a = "x", b = "weight" }
 
 ---Linear layer: `x weight (+ bias)`. Weights may be f32 where activations are 16-bit: the product
@@ -116,7 +84,7 @@ function M.linear(x, weight, bias)
     local dx = needs_grad(x) and with_type_of(x, weight, function(w)
       return product_gradient(name, x, dout, w, false, true)
     end) or nil
-    return dx, product_gradient(name, weight, x, dout, true, false), bias and bias_gradient(name, bias, dout)
+    return dx, product_gradient(name, weight, x, dout, true, false), product.bias_gradient(name, bias, dout)
   end)
 end
 

@@ -4,6 +4,7 @@ local ffi = require("ffi")
 local binding = require("quartermoon.ffi")
 local check = require("quartermoon.check")
 local autograd = require("quartermoon.autograd")
+local product = require("quartermoon.product")
 local tensors = require("quartermoon.tensor")
 local lib = binding.lib
 local record, needs_grad = autograd.record, autograd.needs_grad
@@ -13,9 +14,9 @@ local M = {}
 ---Run `body` on the dense weight in x's type, which lives no longer than that.
 local function with_weight(q, dtype, body)
   local w = q:dequantize(dtype)
-  local status = body(w)
+  local result = body(w)
   w:free()
-  return status
+  return result
 end
 
 ---privileged_grad += x^T dout, f32.
@@ -23,16 +24,7 @@ local function gather_gradient(name, q, x, dout)
   local beta = q.privileged_grad and 1 or 0
   local sum = q.privileged_grad or tensors.empty(q.shape, { device = x.device }):keep()
   q.privileged_grad = sum
-  binding.check(lib.qm_gemm(x.desc, dout.desc, sum.desc, 1, 0, 1, beta), name)
-end
-
-local function bias_gradient(name, bias, dout)
-  local dbias = bias:empty_like("f32")
-  binding.check(lib.qm_reduce(ffi.C.QM_SUM, dout.desc, dbias.desc, 0), name)
-  if not bias.node or bias.dtype == "f32" then return dbias end
-  local cast = dbias:to(bias.dtype)
-  dbias:free()
-  return cast
+  product.gemm(name, x, dout, sum, true, false, beta)
 end
 
 ---Linear layer over a quantized weight: `x W (+ bias)`, W the K x N dequantized weight.
@@ -47,27 +39,21 @@ end
 ---@raise when shapes or devices do not fit
 function M.qlinear(x, q, bias)
   local name = "qm.qlinear"
-  local x_desc = check.desc(name, "x", x)
+  check.desc(name, "x", x)
   if type(q) ~= "table" or type(q.descriptor) ~= "function" then check.fail(name, "q", "a qm.QParam", q) end
   local bias_desc = check.optional_desc(name, "bias", bias)
   if x.shape[2] ~= q.shape[1] or #x.shape ~= 2 then
     check.fail(name, "x", ("a matrix of K=%d columns, for %s"):format(q.shape[1], tostring(q)), x)
   end
   local out = tensors.empty({ x.shape[1], q.shape[2] }, { dtype = x.dtype, device = x.device })
-  binding.check(with_weight(q, x.dtype, function(w)
-    return lib.qm_gemm(x_desc, w.desc, out.desc, 0, 0, 1, 0)
-  end), name)
+  with_weight(q, x.dtype, function(w) product.gemm(name, x, w, out, false, false) end)
   if bias then binding.check(lib.qm_binary(ffi.C.QM_ADD, out.desc, bias_desc, out.desc), name) end
   return record("qlinear", { x, q, bias or false }, { out }, {}, function(dout)
-    local dx
-    if needs_grad(x) then
-      dx = x:empty_like()
-      binding.check(with_weight(q, x.dtype, function(w)
-        return lib.qm_gemm(dout.desc, w.desc, dx.desc, 0, 1, 1, 0)
-      end), name)
-    end
+    local dx = needs_grad(x) and with_weight(q, x.dtype, function(w)
+      return product.gradient(name, x, dout, w, false, true)
+    end) or nil
     if q.requires_grad then gather_gradient(name, q, x, dout) end
-    return dx, nil, bias and needs_grad(bias) and bias_gradient(name, bias, dout) or nil
+    return dx, nil, product.bias_gradient(name, bias, dout)
   end)
 end
 

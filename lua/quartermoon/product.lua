@@ -1,0 +1,47 @@
+---Matrix products as operations use them: one kernel call, and where a product is a gradient, straight
+---into the tensor that gathers it.
+
+local ffi = require("ffi")
+local autograd = require("quartermoon.autograd")
+local binding = require("quartermoon.ffi")
+local lib = binding.lib
+local needs_grad = autograd.needs_grad
+
+local M = {}
+
+---out = op(a) op(b) + beta out.
+---@param names table|nil  what the caller's user calls a and b, for error messages
+function M.gemm(name, a, b, out, trans_a, trans_b, beta, names)
+  local status = lib.qm_gemm(a.desc, b.desc, out.desc, trans_a and 1 or 0, trans_b and 1 or 0, 1, beta or 0)
+  if status ~= 0 then
+    local sentence = binding.last_error()
+    binding.raise(name .. ": " .. (names and sentence:gsub("(argument ')(%w+)", function(lead, argument)
+      return lead .. (names[argument] or argument)
+    end) or sentence))
+  end
+  return out
+end
+
+---The gradient op(a) op(b) of `input`: added to what has gathered of it where that is possible (into a
+---leaf's own buffer always), and then nothing is left to return; else a new tensor of its type.
+function M.gradient(name, input, a, b, trans_a, trans_b)
+  if not needs_grad(input) then return nil end
+  local sum, beta = autograd.gathered(input), 1
+  if not input.node then sum, beta = autograd.leaf_grad(input) end
+  if not sum then return M.gemm(name, a, b, input:empty_like(), trans_a, trans_b) end
+  M.gemm(name, a, b, sum, trans_a, trans_b, beta)
+  return nil
+end
+
+---The gradient of a bias: the sum of dout's rows, f32 for a leaf.
+function M.bias_gradient(name, bias, dout)
+  if not bias or not needs_grad(bias) then return nil end
+  local dbias = bias:empty_like("f32")
+  binding.check(lib.qm_reduce(ffi.C.QM_SUM, dout.desc, dbias.desc, 0), name)
+  if not bias.node or bias.dtype == "f32" then return dbias end
+  local cast = dbias:to(bias.dtype)
+  dbias:free()
+  return cast
+end
+
+return M
