@@ -156,6 +156,15 @@ describe("qm.checkpoint", function()
     assert.same({ 2 }, w.grad:totable())
   end)
 
+  it("passes gradients through what its function hands on as it came", function()
+    local x, untouched = leaf({ 1, 2 }), qm.tensor({ 5 })
+    local same, double, given = qm.checkpoint(function(y, z) return y, y * 2, z end, x * 3, untouched)
+    local sum = (same + double + given):sum()
+    sum:backward()
+    assert.same({ 9, 9 }, x.grad:totable())
+    assert.same({ 5 }, untouched:totable()) -- the caller's, and alive
+  end)
+
   it("holds less while the forward pass stands", function()
     local function deep(x)
       for _ = 1, 20 do x = x:tanh() end

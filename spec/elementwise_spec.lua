@@ -59,6 +59,14 @@ local function inputs_for(entry, shape, options)
   return options and options.requires_grad and y:requires_gradient() or y
 end
 
+describe("qm.pow", function()
+  it("has gradient 0 for the exponent 0, at 0 too", function()
+    local x = qm.tensor({ 0, 2 }, { requires_grad = true })
+    x:pow(0):sum():backward()
+    assert.same({ 0, 0 }, x.grad:totable())
+  end)
+end)
+
 describe("unary operations", function()
   for name, entry in pairs(CALLS) do
     it(name .. " has its value, also far out", function()

@@ -5,6 +5,7 @@
 
 local binding = require("quartermoon.ffi")
 local check = require("quartermoon.check")
+local scopes = require("quartermoon.scope")
 local tensors = require("quartermoon.tensor")
 local Tensor = tensors.Tensor
 local lib = binding.lib
@@ -91,12 +92,15 @@ local function add_to_leaf(leaf, grad)
   grad:free()
 end
 
+local unwritten = {} -- leaves whose new gradient buffer the node under way has yet to write
+
 ---The f32 gradient buffer of a leaf, and whether it already holds something (beta for a product
 ---that accumulates straight into it).
 ---@return qm.Tensor buffer, number beta
 function M.leaf_grad(leaf)
   if leaf.grad then return leaf.grad, 1 end
   leaf.grad = leaf:empty_like("f32"):keep()
+  unwritten[leaf] = true
   return leaf.grad, 0
 end
 
@@ -142,7 +146,10 @@ local function run_node(node, grads, roots)
     grads[output] = nil
     any = any or douts[i] ~= nil
   end
-  if any then pass_on(node, grads, node.backward(unpack(douts, 1, #node.outputs))) end
+  if any then
+    pass_on(node, grads, node.backward(unpack(douts, 1, #node.outputs)))
+    if next(unwritten) then unwritten = {} end
+  end
   for i, output in ipairs(node.outputs) do
     if douts[i] then douts[i]:free() end
     output.node = nil
@@ -174,8 +181,24 @@ function M.gathered(input)
   if sum and sum.dtype == input.dtype and sum:references() == 1 then return sum end
 end
 
+local function walk(roots, grads, is_root)
+  local nodes = collect_nodes(roots)
+  local uses = count_uses(nodes)
+  for _, node in ipairs(nodes) do
+    local inputs = node.inputs
+    run_node(node, grads, is_root)
+    for _, input in ipairs(inputs) do
+      if input and uses[input] then
+        uses[input] = uses[input] - 1
+        if uses[input] == 0 then input.on_gradient(input) end
+      end
+    end
+  end
+end
+
 ---Gradients from several tensors at once; see Tensor:backward. Takes over the gradients. A leaf with a
----function `on_gradient` has it called, `leaf.on_gradient(leaf)`, as soon as its gradient is complete.
+---function `on_gradient` has it called, `leaf.on_gradient(leaf)`, as soon as its gradient is complete. After
+---an error some leaves have their gradients and some do not: drop them all.
 ---@param roots qm.Tensor[]
 ---@param root_grads qm.Tensor[]  one for each root
 function M.backward(roots, root_grads)
@@ -185,27 +208,19 @@ function M.backward(roots, root_grads)
     is_root[root] = true
   end
   running = grads
-  local ok, message = pcall(M.no_grad, function()
-    local nodes = collect_nodes(roots)
-    local uses = count_uses(nodes)
-    for _, node in ipairs(nodes) do
-      local inputs = node.inputs
-      run_node(node, grads, is_root)
-      for _, input in ipairs(inputs) do
-        if input and uses[input] then
-          uses[input] = uses[input] - 1
-          if uses[input] == 0 then input.on_gradient(input) end
-        end
-      end
-    end
-  end)
+  local ok, message = pcall(scopes.guard, M.no_grad, walk, roots, grads, is_root)
   running = outer
-  if not ok then error(message, 0) end
+  if ok then return end
+  for _, grad in ipairs(root_grads) do grad:free() end
+  for leaf in pairs(unwritten) do leaf:zero_grad() end
+  unwritten = {}
+  error(message, 0)
 end
 
 ---Gradients of this tensor with respect to every leaf it depends on, added to the leaves' `.grad`.
 ---Releases what the forward pass kept: every intermediate tensor but this one and those `:keep()`ed.
----@param grad qm.Tensor|nil  the gradient to start from; default 1, for a tensor of one element
+---@param grad qm.Tensor|nil  the gradient to start from, of this tensor's shape; default 1, for a tensor
+---   of one element
 function Tensor:backward(grad)
   self:alive("backward")
   if not self.node then
@@ -216,6 +231,9 @@ function Tensor:backward(grad)
     grad = self:empty_like():fill(1)
   else
     check.desc("backward", "grad", grad)
+    if table.concat(grad.shape, ",") ~= table.concat(self.shape, ",") then
+      check.fail("backward", "grad", ("a gradient of shape [%s]"):format(table.concat(self.shape, ", ")), grad)
+    end
     grad = grad:share()
   end
   M.backward({ self }, { grad })
@@ -233,10 +251,14 @@ function M.checkpoint(body, ...)
   local inputs = {}
   for i = 1, count do inputs[i] = check.is_tensor(arguments[i]) and arguments[i] or false end
   local outputs = { tensors.scope(function() return M.no_grad(body, unpack(arguments, 1, count)) end) }
+  local handed = {}
+  for i = 1, count do if inputs[i] then handed[inputs[i]] = true end end
   for i = 1, #outputs do
     if not check.is_tensor(outputs[i]) then
       check.fail("qm.checkpoint", "body", "a function that returns tensors", outputs[i])
     end
+    -- What body merely hands through keeps its own place on the tape.
+    if handed[outputs[i]] or needs_grad(outputs[i]) then outputs[i] = outputs[i]:share() end
   end
   local function backward(...)
     local leaves = {}
@@ -253,6 +275,8 @@ function M.checkpoint(body, ...)
       local dout = (select(i, ...))
       if dout and result.node then
         roots[#roots + 1], root_grads[#roots + 1] = result, dout:share()
+      elseif dout and result.requires_grad then
+        add_to_leaf(result, dout:share())
       end
     end
     M.backward(roots, root_grads)
@@ -269,7 +293,9 @@ function M.checkpoint(body, ...)
         leaves[i]:free()
       end
     end
-    for _, result in ipairs(results) do result:free() end
+    for _, result in ipairs(results) do
+      if not result.kept then result:free() end
+    end
     return unpack(grads, 1, count)
   end
   sequence = sequence + 1

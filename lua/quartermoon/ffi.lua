@@ -89,8 +89,14 @@ function M.last_error() return ffi.string(lib.qm_last_error()) end
 ---Turn a failed status into an error on the user's line: "qm.swiglu: argument 'up': expected ...".
 ---@param status integer
 ---@param name string  the public function's name
-function M.check(status, name)
-  if status ~= 0 then M.raise(name .. ": " .. M.last_error()) end
+---@param a qm.Tensor|nil|false  as b to e, what the call was to fill: released when it failed
+function M.check(status, name, a, b, c, d, e)
+  if status == 0 then return end
+  local sentence = M.last_error()
+  for _, tensor in pairs({ a, b, c, d, e }) do
+    if tensor then tensor:free() end
+  end
+  M.raise(name .. ": " .. sentence)
 end
 
 return M

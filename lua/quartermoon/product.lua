@@ -4,6 +4,7 @@
 local ffi = require("ffi")
 local autograd = require("quartermoon.autograd")
 local binding = require("quartermoon.ffi")
+local check = require("quartermoon.check")
 local lib = binding.lib
 local needs_grad = autograd.needs_grad
 
@@ -33,9 +34,24 @@ function M.gradient(name, input, a, b, trans_a, trans_b)
   return nil
 end
 
+---Raise unless bias is nil or has one number for each of the columns.
+function M.check_bias(name, bias, columns)
+  if bias == nil then return end
+  check.desc(name, "bias", bias)
+  if #bias.shape ~= 1 or bias.shape[1] ~= columns then
+    check.fail(name, "bias", ("float [N=%s]"):format(columns), bias)
+  end
+end
+
+---Add a bias (or nil) to every row of out, in place.
+function M.add_bias(name, bias, out)
+  if bias then binding.check(lib.qm_binary(ffi.C.QM_ADD, out.desc, bias.desc, out.desc), name) end
+  return out
+end
+
 ---The gradient of a bias: the sum of dout's rows, f32 for a leaf.
 function M.bias_gradient(name, bias, dout)
-  if not bias or not needs_grad(bias) then return nil end
+  if not needs_grad(bias) then return nil end
   local dbias = bias:empty_like("f32")
   binding.check(lib.qm_reduce(ffi.C.QM_SUM, dout.desc, dbias.desc, 0), name)
   if not bias.node or bias.dtype == "f32" then return dbias end

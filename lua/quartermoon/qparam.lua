@@ -134,15 +134,11 @@ function QParam.new(parts)
   self.shape = { k, self.data.shape[2] or 0 }
   if self.group_size == -1 then self.group_size = math.max(k, 1) end
   self.id = check.integer(name, "id", self.id or fresh_id(), 0, 2 ^ 32 - 1)
+  for _, field in ipairs(TENSORS) do check.optional_desc(name, field, self[field]) end
   normalise_indices(self)
   self.layer_type = check.one_of(name, "layer_type", self.layer_type or (self.q_perm and 2 or 1), { 1, 2 })
-  for _, field in ipairs(TENSORS) do
-    if self[field] then
-      check.desc(name, field, self[field])
-      self[field]:keep()
-    end
-  end
   if self.scales or not self.qscales_zeros then binding.check(lib.qm_mpq_validate(self:descriptor(name)), name) end
+  for _, entry in ipairs(self:tensors()) do entry.tensor:keep() end
   return self
 end
 

@@ -2,6 +2,7 @@
 
 local binding = require("quartermoon.ffi")
 local check = require("quartermoon.check")
+local scopes = require("quartermoon.scope")
 local tensors = require("quartermoon.tensor")
 local QParam = require("quartermoon.qparam").QParam
 local lib = binding.lib
@@ -49,15 +50,18 @@ function M.quantize(w, options)
   local function empty(rows, columns, dtype)
     return tensors.empty({ rows, columns }, { dtype = dtype, device = w.device })
   end
-  local q = QParam.new {
+  local q = scopes.guard(function() return QParam.new {
     data = empty(k * o.w_bit / 32, n, "i32"), scales = empty(groups, n, o.dtype),
     zeros = o.asym and empty(groups, n / 32 * o.w_bit, "i32") or empty(groups, n, o.dtype),
     g_idx = o.g_idx, q_perm = o.q_perm, w_bit = o.w_bit, asym = o.asym, group_size = size, layer_type = o.layer_type,
     residual_bits = o.residual_bits,
     residual = o.residual_bits > 0 and empty(k * o.residual_bits / 32, n, "i32") or nil,
     requires_grad = o.requires_grad, id = o.id, name = o.name,
-  }
-  return q:fit(w, o.method, o.range):pack(w)
+  } end)
+  local ok, message = pcall(function() q:fit(w, o.method, o.range):pack(w) end)
+  if ok then return q end
+  q:free()
+  error(message, 0)
 end
 
 -- A word of residuals that are all 0: each is stored as r + 2^(bits - 1).

@@ -43,7 +43,7 @@ local function draw(name, generator, kind, shape, a, b, options)
   check.number(name, "a", a)
   check.number(name, "b", b)
   local tensor = tensors.empty(shape, options)
-  binding.check(lib.qm_random(tensor.desc, kind, a, b, generator:next_noise()), name)
+  binding.check(lib.qm_random(tensor.desc, kind, a, b, generator:next_noise()), name, tensor)
   return tensor
 end
 

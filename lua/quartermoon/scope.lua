@@ -22,13 +22,16 @@ local function spare(value, spared)
   end
 end
 
+---After an error: release what was made, and pass the error on.
+local function give_up(made, message)
+  for i = 1, #made do if not made[i].kept then made[i]:free() end end
+  error(message, 0)
+end
+
 local function close_scope(outer, ok, ...)
   local made, spared = scope, {}
   scope = outer
-  if not ok then
-    for i = 1, #made do if not made[i].kept then made[i]:free() end end
-    error((...), 0)
-  end
+  if not ok then give_up(made, (...)) end
   for i = 1, select("#", ...) do spare((select(i, ...)), spared) end
   for i = 1, #made do
     local tensor = made[i]
@@ -50,6 +53,23 @@ function M.scope(body, ...)
   local outer = scope
   scope = {}
   return close_scope(outer, pcall(body, ...))
+end
+
+local function close_guard(outer, ok, ...)
+  local made = scope
+  scope = outer
+  if not ok then give_up(made, (...)) end
+  for i = 1, outer and #made or 0 do outer[#outer + 1] = made[i] end
+  return ...
+end
+
+---Run `body`; only if it fails, release every tensor made inside that was not kept.
+---@param body function
+---@return any ...  what body returns
+function M.guard(body, ...)
+  local outer = scope
+  scope = {}
+  return close_guard(outer, pcall(body, ...))
 end
 
 return M

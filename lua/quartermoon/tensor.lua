@@ -73,10 +73,16 @@ local function check_shape(name, shape)
 end
 
 local TENSOR_OPTIONS = { dtype = "f32", device = check.optional, requires_grad = false }
+local FLOATS = { "f32", "bf16", "f16" }
+
+local function check_options(name, options)
+  options = check.options(name, options, TENSOR_OPTIONS)
+  check.one_of(name, "dtype", options.dtype, options.requires_grad and FLOATS or DTYPE_NAMES)
+  return options
+end
 
 local function new(name, shape, options)
-  options = check.options(name, options, TENSOR_OPTIONS)
-  check.one_of(name, "dtype", options.dtype, DTYPE_NAMES)
+  options = check_options(name, options)
   local device = devices.resolve(name, options.device)
   shape = check_shape(name, shape)
   local tensor = wrap(create_storage(name, device, count_of(shape) * DTYPE_SIZE[options.dtype]), device,
@@ -94,7 +100,7 @@ function M.empty(shape, options) return new("qm.empty", shape, options) end
 local function filled(name, shape, value, options)
   check.type(name, "value", value, "number")
   local tensor = new(name, shape, options)
-  binding.check(lib.qm_fill(tensor.desc, value), name)
+  binding.check(lib.qm_fill(tensor.desc, value), name, tensor)
   return tensor
 end
 
@@ -141,7 +147,7 @@ local function from_writer(name, shape, options, write)
   local buffer = ffi.new(ELEMENT[host_dtype] .. "[?]", math.max(count, 1))
   write(buffer)
   local tensor = new(name, shape, { dtype = host_dtype, device = options.device })
-  binding.check(lib.qm_write(tensor.desc, buffer, count * DTYPE_SIZE[host_dtype]), name)
+  binding.check(lib.qm_write(tensor.desc, buffer, count * DTYPE_SIZE[host_dtype]), name, tensor)
   if half then
     local converted = tensor:to(options.dtype)
     tensor:free()
@@ -157,8 +163,7 @@ end
 function M.tensor(data, options)
   local name = "qm.tensor"
   if type(data) ~= "number" and type(data) ~= "table" then check.fail(name, "data", "a number or a table", data) end
-  options = check.options(name, options, TENSOR_OPTIONS)
-  check.one_of(name, "dtype", options.dtype, DTYPE_NAMES)
+  options = check_options(name, options)
   local shape = type(data) == "number" and {} or measure(name, data)
   return from_writer(name, shape, options, function(buffer) flatten(name, data, shape, 1, buffer, 0) end)
 end
@@ -177,8 +182,7 @@ function M.arange(start, stop, options, step)
   if check.number(name, "step", step) == 0 then check.fail(name, "step", "a step other than 0", step) end
   local count = math.max(math.floor((stop - start) / step) + 1, 0)
   if count > 2 ^ 31 then check.fail(name, "stop", "at most 2^31 elements", count) end
-  options = check.options(name, options, TENSOR_OPTIONS)
-  check.one_of(name, "dtype", options.dtype, DTYPE_NAMES)
+  options = check_options(name, options)
   return from_writer(name, { count }, options, function(buffer)
     for i = 0, count - 1 do buffer[i] = start + i * step end
   end)
@@ -189,7 +193,7 @@ function M.from_string(text, options)
   check.type("qm.from_string", "text", text, "string")
   options = check.options("qm.from_string", options, { device = check.optional })
   local tensor = new("qm.from_string", { #text }, { dtype = "u8", device = options.device })
-  binding.check(lib.qm_write(tensor.desc, text, #text), "qm.from_string")
+  binding.check(lib.qm_write(tensor.desc, text, #text), "qm.from_string", tensor)
   return tensor
 end
 
@@ -205,7 +209,7 @@ function M.from_host(buffer, count, dtype, options)
   host_buffer.check(name, buffer, count, dtype)
   options = check.options(name, options, { device = check.optional })
   local tensor = new(name, { count }, { dtype = dtype, device = options.device })
-  binding.check(lib.qm_write(tensor.desc, buffer, count * DTYPE_SIZE[dtype]), name)
+  binding.check(lib.qm_write(tensor.desc, buffer, count * DTYPE_SIZE[dtype]), name, tensor)
   return tensor
 end
 
@@ -345,12 +349,13 @@ end
 ---A copy of another type or on another device (not differentiable: see qm.cast).
 ---@param target string|qm.Device  an element type, a device or its name
 function Tensor:to(target)
+  self:alive("to")
   if type(target) == "string" and DTYPE[target] then
     return new("to", self.shape, { dtype = target, device = self.device }):copy(self)
   end
   return new("to", self.shape, { dtype = self.dtype, device = devices.resolve("to", target) }):copy(self)
 end
-function Tensor:clone() return self:empty_like():copy(self) end
+function Tensor:clone() return self:alive("clone"):empty_like():copy(self) end
 
 ---------------------------------------------------------------------------------------------------
 -- Leaves

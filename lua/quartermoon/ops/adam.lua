@@ -72,7 +72,7 @@ function M.adam_direction(grad, exp_avg, exp_avg_sq, options)
   local grad_desc, m_desc = check.desc(name, "grad", grad), check.desc(name, "exp_avg", exp_avg)
   local v_desc, adam = check.desc(name, "exp_avg_sq", exp_avg_sq), adam_numbers(name, options)
   local update = grad:empty_like("f32")
-  binding.check(lib.qm_adam_direction(grad_desc, m_desc, v_desc, update.desc, adam), name)
+  binding.check(lib.qm_adam_direction(grad_desc, m_desc, v_desc, update.desc, adam), name, update)
   return update
 end
 

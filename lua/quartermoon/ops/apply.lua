@@ -35,7 +35,7 @@ end
 function M.apply(name, op, gradient, x, p0, p1)
   local desc = check.desc(name, "x", x)
   local out = x:empty_like()
-  binding.check(lib.qm_unary(op, desc, out.desc, p0 or 0, p1 or 0), name)
+  binding.check(lib.qm_unary(op, desc, out.desc, p0 or 0, p1 or 0), name, out)
   if not gradient then return out end
   return record(name, { x }, { out }, {}, function(dout) return gradient(dout, x, out) end)
 end

@@ -37,7 +37,8 @@ function M.attention(q, k, v, cu_q, cu_k, options)
   local settings = ffi.new("qm_attention_options", scale, options.causal and 1 or 0, options.window)
   local out = q:empty_like()
   local lse = tensors.empty({ q.shape[1] or 1, q.shape[2] or 1 }, { device = q.device })
-  binding.check(lib.qm_attention(q_desc, k_desc, v_desc, cu_q_desc, cu_k_desc, out.desc, lse.desc, settings), name)
+  binding.check(lib.qm_attention(q_desc, k_desc, v_desc, cu_q_desc, cu_k_desc, out.desc, lse.desc, settings), name,
+    out, lse)
   return record("attention", { q, k, v }, { out }, { lse }, function(dout)
     local dq, dk, dv = q:empty_like(), k:empty_like(), v:empty_like()
     binding.check(lib.qm_attention_backward(dout.desc, q.desc, k.desc, v.desc, out.desc, lse.desc, cu_q.desc,

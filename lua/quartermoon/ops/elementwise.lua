@@ -50,7 +50,7 @@ local function binary(name, op, gradient)
     local dtype
     a, b, dtype = operands(name, a, b, made)
     local out = tensors.empty(broadcast.shape(name, a, b), { dtype = dtype, device = a.device })
-    binding.check(lib.qm_binary(op, a.desc, b.desc, out.desc), name)
+    binding.check(lib.qm_binary(op, a.desc, b.desc, out.desc), name, out, made[1])
     return record(name, gradient and { a, b } or {}, { out }, made, function(dout) return gradient(dout, a, b, out) end)
   end
 end
@@ -143,6 +143,7 @@ M.le = binary("le", C.QM_LE)
 function M.cast(x, dtype)
   check.desc("qm.cast", "x", x)
   check.type("qm.cast", "dtype", dtype, "string")
+  x:alive("qm.cast")
   local out = x.dtype == dtype and x:share()
   out = out or tensors.empty(x.shape, { dtype = dtype, device = x.device }):copy(x)
   local is_float = dtype == "f32" or dtype == "bf16" or dtype == "f16"
@@ -175,7 +176,7 @@ function Tensor:add_(y, alpha)
     binding.check(lib.qm_accumulate(desc, self.desc, alpha, 1), "add_")
   else
     local scaled = kernels.apply("add_", C.QM_AFFINE, nil, y, alpha, 0)
-    binding.check(lib.qm_binary(C.QM_ADD, self.desc, scaled.desc, self.desc), "add_")
+    binding.check(lib.qm_binary(C.QM_ADD, self.desc, scaled.desc, self.desc), "add_", scaled)
     scaled:free()
   end
   return self

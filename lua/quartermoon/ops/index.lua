@@ -31,7 +31,7 @@ local function rows(name, argument, x, index, dtype)
   local desc, index_desc = check.desc(name, argument, x), check.desc(name, "index", index)
   local shape = { index.shape[1] or 1, x.shape[2] }
   local out = tensors.empty(shape, { dtype = dtype or x.dtype, device = x.device })
-  binding.check(lib.qm_gather(desc, index_desc, out.desc), name)
+  binding.check(lib.qm_gather(desc, index_desc, out.desc), name, out)
   return autograd.record(name, { x }, { out }, {}, function(dout) return scattered(name, x, index, dout) end)
 end
 

@@ -40,7 +40,8 @@ local function rms_norm(name, x, residual, weight, eps)
   check.number(name, "eps", eps, 0)
   local out, sum = x:empty_like(), residual and x:empty_like()
   local rstd = tensors.empty({ x.shape[1] or 1 }, { device = x.device })
-  binding.check(lib.qm_rms_norm(x_desc, residual_desc, weight_desc, sum and sum.desc, out.desc, rstd.desc, eps), name)
+  binding.check(lib.qm_rms_norm(x_desc, residual_desc, weight_desc, sum and sum.desc, out.desc, rstd.desc, eps), name,
+    out, sum, rstd)
   return out, sum, rstd
 end
 
@@ -97,7 +98,7 @@ function M.rope(x, cos, sin, positions)
   local x_desc, positions_desc = check.desc(name, "x", x), check.desc(name, "positions", positions)
   local cos_desc, sin_desc = check.desc(name, "cos", cos), check.desc(name, "sin", sin)
   local out = x:empty_like()
-  binding.check(lib.qm_rope(x_desc, cos_desc, sin_desc, positions_desc, out.desc, 0), name)
+  binding.check(lib.qm_rope(x_desc, cos_desc, sin_desc, positions_desc, out.desc, 0), name, out)
   return record("rope", { x }, { out }, {}, function(dout)
     local dx = dout:empty_like()
     binding.check(lib.qm_rope(dout.desc, cos.desc, sin.desc, positions.desc, dx.desc, 1), name)
@@ -180,7 +181,7 @@ function M.swiglu(gate, up)
   local name = "qm.swiglu"
   local gate_desc, up_desc = check.desc(name, "gate", gate), check.desc(name, "up", up)
   local out = gate:empty_like()
-  binding.check(lib.qm_swiglu(gate_desc, up_desc, out.desc), name)
+  binding.check(lib.qm_swiglu(gate_desc, up_desc, out.desc), name, out)
   return record("swiglu", { gate, up }, { out }, {}, function(dout)
     local dgate, dup = gate:empty_like(), up:empty_like()
     binding.check(lib.qm_swiglu_backward(dout.desc, gate.desc, up.desc, dgate.desc, dup.desc), name)

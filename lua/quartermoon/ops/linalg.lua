@@ -1,10 +1,10 @@
 ---Matrix products and decompositions.
 
-local ffi = require("ffi")
 local binding = require("quartermoon.ffi")
 local check = require("quartermoon.check")
 local autograd = require("quartermoon.autograd")
 local product = require("quartermoon.product")
+local scopes = require("quartermoon.scope")
 local tensors = require("quartermoon.tensor")
 local lib = binding.lib
 local record, needs_grad = autograd.record, autograd.needs_grad
@@ -33,7 +33,9 @@ function M.matmul(a, b, options)
   local rows = a.shape[trans_a and dims or dims - 1] or 0
   local columns = b.shape[trans_b and #b.shape - 1 or #b.shape] or 0
   local shape = dims == 3 and { a.shape[1], rows, columns } or { rows, columns }
-  local out = gemm(name, a, b, tensors.empty(shape, { dtype = a.dtype, device = a.device }), trans_a, trans_b)
+  local out = scopes.guard(function()
+    return gemm(name, a, b, tensors.empty(shape, { dtype = a.dtype, device = a.device }), trans_a, trans_b)
+  end)
   return record("matmul", { a, b }, { out }, {}, function(dout)
     local da, db
     if trans_a then
@@ -73,13 +75,12 @@ function M.linear(x, weight, bias)
   local name = "qm.linear"
   check.desc(name, "x", x)
   check.desc(name, "weight", weight)
-  local bias_desc = check.optional_desc(name, "bias", bias)
-  if bias and (#bias.shape ~= 1 or bias.shape[1] ~= weight.shape[2]) then
-    check.fail(name, "bias", ("float [N=%s]"):format(weight.shape[2]), bias)
-  end
-  local out = tensors.empty({ x.shape[1] or 0, weight.shape[2] or 0 }, { dtype = x.dtype, device = x.device })
-  with_type_of(x, weight, function(w) gemm(name, x, w, out, false, false, 0, LINEAR_NAMES) end)
-  if bias then binding.check(lib.qm_binary(ffi.C.QM_ADD, out.desc, bias_desc, out.desc), name) end
+  product.check_bias(name, bias, weight.shape[2])
+  local out = scopes.guard(function()
+    local y = tensors.empty({ x.shape[1] or 0, weight.shape[2] or 0 }, { dtype = x.dtype, device = x.device })
+    with_type_of(x, weight, function(w) gemm(name, x, w, y, false, false, 0, LINEAR_NAMES) end)
+    return product.add_bias(name, bias, y)
+  end)
   return record("linear", { x, weight, bias or false }, { out }, {}, function(dout)
     local dx = needs_grad(x) and with_type_of(x, weight, function(w)
       return product_gradient(name, x, dout, w, false, true)
@@ -103,7 +104,7 @@ function M.svd(a)
   local r = math.min(m, n)
   local options = { device = a.device }
   local u, s, vt = tensors.empty({ m, r }, options), tensors.empty({ r }, options), tensors.empty({ r, n }, options)
-  binding.check(lib.qm_svd(a_desc, u.desc, s.desc, vt.desc), name)
+  binding.check(lib.qm_svd(a_desc, u.desc, s.desc, vt.desc), name, u, s, vt)
   return u, s, vt
 end
 
@@ -116,7 +117,7 @@ function M.qr(a)
   local name = "qm.qr"
   local a_desc = check.desc(name, "a", a)
   local q = a:empty_like()
-  binding.check(lib.qm_qr(a_desc, q.desc), name)
+  binding.check(lib.qm_qr(a_desc, q.desc), name, q)
   return q
 end
 

@@ -5,6 +5,7 @@ local ffi = require("ffi")
 local binding = require("quartermoon.ffi")
 local check = require("quartermoon.check")
 local autograd = require("quartermoon.autograd")
+local scopes = require("quartermoon.scope")
 local tensors = require("quartermoon.tensor")
 local lib = binding.lib
 local record, needs_grad = autograd.record, autograd.needs_grad
@@ -59,13 +60,16 @@ function M.cross_entropy(logits, targets, options)
   local name = "qm.cross_entropy"
   options = begin(name, "logits", logits, targets, options, { ignore_index = -100 })
   local count = count_targets(targets, options.ignore_index)
-  local losses = tensors.empty(targets.shape, { device = logits.device })
+  local losses
   local function run(dlogits, factor)
     binding.check(lib.qm_cross_entropy(logits.desc, targets.desc, losses.desc, dlogits and dlogits.desc, factor,
       options.ignore_index), name)
   end
-  run(nil, 0)
-  local mean = mean_loss(name, losses, count)
+  local mean = scopes.guard(function()
+    losses = tensors.empty(targets.shape, { device = logits.device })
+    run(nil, 0)
+    return mean_loss(name, losses, count)
+  end)
   return record("cross_entropy", { logits }, { mean }, { losses }, function(dout)
     local dlogits = logits:empty_like()
     run(dlogits, dout:item() / math.max(count, 1))
@@ -120,6 +124,22 @@ local function run_chunks(name, job)
   buffer:free()
 end
 
+---The mean loss, and while gradients are recorded those of x and weight (else nil) for a dout of 1.
+local function fused(name, x, weight, targets, job)
+  local count, recording = count_targets(targets, job.ignore_index), autograd.enabled()
+  local cast = weight.dtype ~= x.dtype and weight:to(x.dtype)
+  job.x, job.weight, job.targets, job.factor = x, cast or weight, targets, 1 / math.max(count, 1)
+  job.losses = tensors.empty(targets.shape, { device = x.device })
+  job.dx = recording and needs_grad(x) and x:empty_like() or nil
+  job.dweight = recording and needs_grad(weight) and weight:empty_like("f32") or nil
+  if job.dweight and x.shape[1] == 0 then job.dweight:fill(0) end
+  run_chunks(name, job)
+  if cast then cast:free() end
+  local mean = mean_loss(name, job.losses, count)
+  job.losses:free()
+  return mean, job.dx, job.dweight
+end
+
 ---The output layer and its cross-entropy in one: `qm.cross_entropy(qm.linear(x, weight), targets)`
 ---without ever holding all logits. Rows go through in chunks; while gradients are recorded, those of
 ---x and of the weight are computed on the way, and backward() only scales them.
@@ -146,19 +166,8 @@ function M.linear_cross_entropy(x, weight, targets, options)
   local classes = weight.shape[transposed and 1 or 2]
   local chunk_rows = options.chunk_rows or default_chunk_rows(classes)
   check.integer(name, "chunk_rows", chunk_rows, 1)
-  local count = count_targets(targets, options.ignore_index)
-  local losses = tensors.empty(targets.shape, { device = x.device })
-  local cast = weight.dtype ~= x.dtype and weight:to(x.dtype)
-  local recording = autograd.enabled()
-  local dx = recording and needs_grad(x) and x:empty_like() or nil
-  local dweight = recording and needs_grad(weight) and weight:empty_like("f32") or nil
-  if dweight and x.shape[1] == 0 then dweight:fill(0) end
-  run_chunks(name, { x = x, weight = cast or weight, targets = targets, losses = losses, dx = dx, dweight = dweight,
-    factor = 1 / math.max(count, 1), transposed = transposed, chunk_rows = chunk_rows,
-    ignore_index = options.ignore_index })
-  if cast then cast:free() end
-  local mean = mean_loss(name, losses, count)
-  losses:free()
+  local mean, dx, dweight = scopes.guard(fused, name, x, weight, targets, { transposed = transposed,
+    chunk_rows = chunk_rows, ignore_index = options.ignore_index })
   local saved = {}
   if dx then saved[1] = dx end
   if dweight then saved[#saved + 1] = dweight end

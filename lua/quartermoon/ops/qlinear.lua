@@ -1,12 +1,10 @@
 ---The linear layer over a quantized weight.
 
-local ffi = require("ffi")
-local binding = require("quartermoon.ffi")
 local check = require("quartermoon.check")
 local autograd = require("quartermoon.autograd")
 local product = require("quartermoon.product")
+local scopes = require("quartermoon.scope")
 local tensors = require("quartermoon.tensor")
-local lib = binding.lib
 local record, needs_grad = autograd.record, autograd.needs_grad
 
 local M = {}
@@ -22,9 +20,8 @@ end
 ---privileged_grad += x^T dout, f32.
 local function gather_gradient(name, q, x, dout)
   local beta = q.privileged_grad and 1 or 0
-  local sum = q.privileged_grad or tensors.empty(q.shape, { device = x.device }):keep()
-  q.privileged_grad = sum
-  product.gemm(name, x, dout, sum, true, false, beta)
+  local sum = q.privileged_grad or tensors.empty(q.shape, { device = x.device })
+  q.privileged_grad = product.gemm(name, x, dout, sum, true, false, beta):keep()
 end
 
 ---Linear layer over a quantized weight: `x W (+ bias)`, W the K x N dequantized weight.
@@ -41,13 +38,15 @@ function M.qlinear(x, q, bias)
   local name = "qm.qlinear"
   check.desc(name, "x", x)
   if type(q) ~= "table" or type(q.descriptor) ~= "function" then check.fail(name, "q", "a qm.QParam", q) end
-  local bias_desc = check.optional_desc(name, "bias", bias)
   if x.shape[2] ~= q.shape[1] or #x.shape ~= 2 then
     check.fail(name, "x", ("a matrix of K=%d columns, for %s"):format(q.shape[1], tostring(q)), x)
   end
-  local out = tensors.empty({ x.shape[1], q.shape[2] }, { dtype = x.dtype, device = x.device })
-  with_weight(q, x.dtype, function(w) product.gemm(name, x, w, out, false, false) end)
-  if bias then binding.check(lib.qm_binary(ffi.C.QM_ADD, out.desc, bias_desc, out.desc), name) end
+  product.check_bias(name, bias, q.shape[2])
+  local out = scopes.guard(function()
+    local y = tensors.empty({ x.shape[1], q.shape[2] }, { dtype = x.dtype, device = x.device })
+    with_weight(q, x.dtype, function(w) product.gemm(name, x, w, y, false, false) end)
+    return product.add_bias(name, bias, y)
+  end)
   return record("qlinear", { x, q, bias or false }, { out }, {}, function(dout)
     local dx = needs_grad(x) and with_weight(q, x.dtype, function(w)
       return product.gradient(name, x, dout, w, false, true)

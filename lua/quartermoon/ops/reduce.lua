@@ -25,7 +25,7 @@ local function reduce(name, op, x, dim, dtype)
     end
   end
   local out = tensors.empty(shape, { dtype = dtype or x.dtype, device = x.device })
-  binding.check(lib.qm_reduce(op, row.desc, out.desc, dim - 1), name)
+  binding.check(lib.qm_reduce(op, row.desc, out.desc, dim - 1), name, out, row ~= x and row)
   if row ~= x then row:free() end
   return out
 end
@@ -106,7 +106,7 @@ function M.sum_squares(x, total)
     return total
   end
   local out = tensors.empty({}, { device = x.device })
-  binding.check(lib.qm_sum_squares(desc, out.desc, 0), name)
+  binding.check(lib.qm_sum_squares(desc, out.desc, 0), name, out)
   return record("sum_squares", { x }, { out }, {}, function(dout)
     local dx = x:empty_like()
     binding.check(lib.qm_binary(C.QM_MUL, x.desc, dout.desc, dx.desc), "backward")
@@ -122,7 +122,7 @@ end
 function M.softmax(x)
   local desc = check.desc("qm.softmax", "x", x)
   local out = x:empty_like()
-  binding.check(lib.qm_softmax(desc, out.desc), "qm.softmax")
+  binding.check(lib.qm_softmax(desc, out.desc), "qm.softmax", out)
   return record("softmax", { x }, { out }, {}, function(dout) -- out (dout - sum(out dout))
     local product, dim = out:empty_like("f32"), #x.shape
     binding.check(lib.qm_binary(C.QM_MUL, out.desc, dout.desc, product.desc), "backward")

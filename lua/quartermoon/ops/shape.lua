@@ -62,7 +62,7 @@ local function permuted(name, x, dims)
     shape[i] = x.shape[dims[i]]
   end
   local out = tensors.empty(shape, { dtype = x.dtype, device = x.device })
-  binding.check(lib.qm_permute(x.desc, out.desc, from_zero), name)
+  binding.check(lib.qm_permute(x.desc, out.desc, from_zero), name, out)
   return out
 end
 

@@ -134,6 +134,7 @@ function M.pow(x, exponent)
   check.desc("qm.pow", "x", x)
   check.number("qm.pow", "exponent", exponent)
   return apply("qm.pow", C.QM_POW, function(dout)
+    if exponent == 0 then return dout:zeros_like() end -- 0 * x^-1 would be NaN where x is 0
     local slope = unary_into(C.QM_POW, x, x:empty_like(), exponent - 1)
     local dx = times_temporary(dout, slope)
     return unary_into(C.QM_AFFINE, dx, dx, exponent)
