@@ -35,6 +35,7 @@ static const qm_backend *load_backend(const char *name) {
   *(void **)&entry = dlsym(library, "qm_backend_entry");
   if (entry == NULL) {
     qm__fail(QM_E_DEVICE, "backend '%s': %s exports no qm_backend_entry", name, path);
+    dlclose(library);
     return NULL;
   }
   return entry(&qm__host);
@@ -95,7 +96,9 @@ int32_t qm_device_open(const char *name, int32_t index, qm_device **out) {
   return status;
 }
 
-void qm_device_retain(qm_device *device) { atomic_fetch_add(&device->references, 1); }
+void qm_device_retain(qm_device *device) {
+  if (device != NULL) atomic_fetch_add(&device->references, 1);
+}
 
 void qm_device_release(qm_device *device) {
   if (device == NULL) return;

@@ -253,7 +253,8 @@ int32_t qm__finish(qm__call *call) {
                          call->operands[j].end <= call->operands[i].begin;
       const bool same = call->operands[i].begin == call->operands[j].begin &&
                         call->operands[i].end == call->operands[j].end;
-      if (i == j || apart || (same && call->operands[i].use == QM__IN_PLACE)) continue;
+      const bool in_place = same && call->operands[i].use == QM__IN_PLACE;
+      if (i == j || apart || (in_place && call->operands[j].use == QM__READ)) continue;
       qm__require(call, false, "argument '%s': overlaps argument '%s'", call->operands[i].name,
                   call->operands[j].name);
     }

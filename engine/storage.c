@@ -74,7 +74,9 @@ int32_t qm_storage_map(qm_device *device, const char *path, qm_storage **out) {
   return QM_OK;
 }
 
-void qm_storage_retain(qm_storage *storage) { atomic_fetch_add(&storage->references, 1); }
+void qm_storage_retain(qm_storage *storage) {
+  if (storage != NULL) atomic_fetch_add(&storage->references, 1);
+}
 
 void qm_storage_release(qm_storage *storage) {
   if (storage == NULL || atomic_fetch_sub(&storage->references, 1) != 1) return;
@@ -87,8 +89,10 @@ void qm_storage_release(qm_storage *storage) {
   qm__handle_closed();
 }
 
-int64_t qm_storage_size(const qm_storage *storage) { return storage->size_bytes; }
+int64_t qm_storage_size(const qm_storage *storage) {
+  return storage == NULL ? 0 : storage->size_bytes;
+}
 
 int32_t qm_storage_references(const qm_storage *storage) {
-  return atomic_load(&((qm_storage *)(uintptr_t)storage)->references);
+  return storage == NULL ? 0 : atomic_load(&((qm_storage *)(uintptr_t)storage)->references);
 }

@@ -1,16 +1,21 @@
 /* tensor.c - moving bytes in and out of tensors, filling and converting them. */
 #include "internal.h"
 
+/* Host memory must be there and of the array's size. */
+static int32_t check_host(qm__call *call, const qm_array *array, const void *host,
+                          int64_t size_bytes) {
+  const int64_t expected = array->count * qm_dtype_size(array->dtype);
+  qm__require(call, size_bytes == expected && (host != NULL || expected == 0),
+              "argument 'host': expected %lld bytes, got %lld", (long long)expected,
+              (long long)(host == NULL ? 0 : size_bytes));
+  return qm__finish(call);
+}
+
 int32_t qm_write(const qm_tensor *out, const void *host, int64_t size_bytes) {
   qm__call call = qm__begin("qm_write");
   qm_array array;
   qm__operand(&call, "out", out, "any [...]", QM__WRITE, &array);
-  if (qm__finish(&call) != QM_OK) return call.status;
-  const int64_t expected = array.count * qm_dtype_size(array.dtype);
-  qm__require(&call, size_bytes == expected && (host != NULL || expected == 0),
-              "argument 'host': expected %lld bytes, got %lld", (long long)expected,
-              (long long)size_bytes);
-  if (call.status != QM_OK || expected == 0) return call.status;
+  if (check_host(&call, &array, host, size_bytes) != QM_OK || size_bytes == 0) return call.status;
   return call.device->backend->write(call.device->context, array.data, host, size_bytes);
 }
 
@@ -18,12 +23,7 @@ int32_t qm_read(const qm_tensor *x, void *host, int64_t size_bytes) {
   qm__call call = qm__begin("qm_read");
   qm_array array;
   qm__operand(&call, "x", x, "any [...]", QM__READ, &array);
-  if (qm__finish(&call) != QM_OK) return call.status;
-  const int64_t expected = array.count * qm_dtype_size(array.dtype);
-  qm__require(&call, size_bytes == expected && (host != NULL || expected == 0),
-              "argument 'host': expected %lld bytes, got %lld", (long long)expected,
-              (long long)size_bytes);
-  if (call.status != QM_OK || expected == 0) return call.status;
+  if (check_host(&call, &array, host, size_bytes) != QM_OK || size_bytes == 0) return call.status;
   return call.device->backend->read(call.device->context, array.data, host, size_bytes);
 }
 

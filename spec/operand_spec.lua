@@ -34,6 +34,34 @@ describe("a tensor's descriptor", function()
   end)
 end)
 
+describe("an output that may be an input", function()
+  local function backward(dgate, dup)
+    local dout, gate, up = qm.ones({ 4 }), qm.ones({ 4 }), qm.ones({ 4 })
+    local status = lib.qm_swiglu_backward(dout.desc, gate.desc, up.desc, (dgate or gate).desc, (dup or up).desc)
+    return status ~= 0 and ffi.string(lib.qm_last_error()) or nil
+  end
+
+  it("may not be another output", function()
+    local both = qm.ones({ 4 })
+    assert.is_nil(backward())
+    assert.equal("argument 'dgate': overlaps argument 'dup'", backward(both, both))
+  end)
+end)
+
+describe("a handle", function()
+  it("that is NULL crashes no call", function()
+    lib.qm_storage_retain(nil)
+    lib.qm_device_retain(nil)
+    assert.equal(0, tonumber(lib.qm_storage_size(nil)))
+    assert.equal(0, lib.qm_storage_references(nil))
+    for _, release in ipairs({ "qm_storage_release", "qm_device_release", "qm_file_release", "qm_safetensors_release",
+      "qm_safetensors_writer_release" }) do
+      lib[release](nil)
+    end
+    assert.equal(0, tonumber(lib.qm_safetensors_count(nil)))
+  end)
+end)
+
 describe("an empty tensor", function()
   it("may have a 0 anywhere in its shape", function()
     for _, shape in ipairs({ { 0 }, { 5, 0 }, { 0, 5 }, { 3, 0, 2 ^ 40 } }) do
