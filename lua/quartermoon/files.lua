@@ -5,12 +5,14 @@ local bit = require("bit")
 local cjson = require("cjson")
 local binding = require("quartermoon.ffi")
 local check = require("quartermoon.check")
+local host_buffer = require("quartermoon.host_buffer")
 local lib = binding.lib
 
 local M = {}
 
 ---@return boolean
 function M.exists(path)
+  check.type("qm.files.exists", "path", path, "string")
   local file = io.open(path, "rb")
   if file then file:close() end
   return file ~= nil
@@ -18,6 +20,7 @@ end
 
 ---Length of a file in bytes, or nil and the reason.
 function M.size(path)
+  check.type("qm.files.size", "path", path, "string")
   local file, reason = io.open(path, "rb")
   if not file then return nil, reason end
   local size, why = file:seek("end")
@@ -29,6 +32,7 @@ end
 ---A file's bytes, or nil and the reason, which names the file.
 ---@return string|nil text, string|nil reason
 function M.read(path)
+  check.type("qm.files.read", "path", path, "string")
   local file, reason = io.open(path, "rb")
   if not file then return nil, reason end
   local text, why = file:read("*a")
@@ -48,14 +52,20 @@ local out_file = ffi.new("qm_file *[1]")
 ---@return qm.FileWriter
 ---@raise when it cannot be created, naming it
 function M.create(path)
+  check.type("qm.files.create", "path", path, "string")
   binding.check(lib.qm_file_create(path, out_file), "qm.files.create")
   return setmetatable({ handle = ffi.gc(out_file[0], lib.qm_file_release), path = path }, Writer)
 end
 
 ---Append a string, or `size_bytes` bytes of a host buffer.
+---@param bytes string|ffi.cdata*
+---@param size_bytes integer|nil  of a buffer; a string is written whole
 ---@raise when the disk is full, naming the file
 function Writer:write(bytes, size_bytes)
-  binding.check(lib.qm_file_write(self.handle, bytes, size_bytes or #bytes), "file:write")
+  local name, is_string = "file:write", type(bytes) == "string"
+  local size = is_string and #bytes or check.integer(name, "size_bytes", size_bytes or 0, 0)
+  if not is_string then host_buffer.check_bytes(name, bytes, size) end
+  binding.check(lib.qm_file_write(self.handle, bytes, size), name)
 end
 
 ---Put the file in its place, synced to the disk.
@@ -93,7 +103,12 @@ function M.read_json(path)
 end
 
 ---Write a value as JSON, atomically.
-function M.write_json(path, value) M.write(path, cjson.encode(value) .. "\n") end
+---@raise when JSON cannot hold it
+function M.write_json(path, value)
+  local ok, text = pcall(cjson.encode, value)
+  if not ok then binding.raise("qm.files.write_json: " .. text) end
+  M.write(path, text .. "\n")
+end
 
 local bxor, lshift, rshift, tobit = bit.bxor, bit.lshift, bit.rshift, bit.tobit
 

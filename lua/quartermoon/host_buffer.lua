@@ -27,4 +27,12 @@ function M.check(name, buffer, count, dtype)
   end
 end
 
+---The same for a buffer of any type with `size_bytes` bytes.
+function M.check_bytes(name, buffer, size_bytes)
+  local room = type(buffer) == "cdata" and rooms[buffer]
+  if not room or room[2] * ffi.sizeof(ELEMENT[room[1]]) < size_bytes then
+    check.fail(name, "bytes", ("a string, or a host buffer of %d bytes"):format(size_bytes), buffer)
+  end
+end
+
 return M

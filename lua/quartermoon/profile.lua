@@ -47,7 +47,8 @@ function M.profile(body, ...)
   check.type("qm.profile", "body", body, "function")
   binding.check(lib.qm_profile_enable(1), "qm.profile")
   local started = clock.now()
-  local results = { pcall(body, ...) }
+  local function pack(...) return { count = select("#", ...), ... } end
+  local results = pack(pcall(body, ...))
   local seconds = clock.now() - started
   binding.check(lib.qm_profile_enable(0), "qm.profile")
   if not results[1] then error(results[2], 0) end
@@ -57,7 +58,7 @@ function M.profile(body, ...)
       seconds = tonumber(entry.seconds) }
   end
   table.sort(kernels, function(a, b) return a.seconds > b.seconds end)
-  return setmetatable({ seconds = seconds, kernels = kernels }, Profile), unpack(results, 2)
+  return setmetatable({ seconds = seconds, kernels = kernels }, Profile), unpack(results, 2, results.count)
 end
 
 return M

@@ -153,6 +153,7 @@ local function lengths_of(name, tokens, cu_seqlens)
   if check.is_tensor(cu_seqlens) then offsets = cu_seqlens:totable() end
   check.type(name, "cu_seqlens", offsets, "table")
   local lengths = {}
+  for i = 1, #offsets do check.integer(name, "cu_seqlens", offsets[i], 0) end
   for i = 2, #offsets do
     lengths[i - 1] = check.integer(name, "cu_seqlens", offsets[i] - offsets[i - 1], 0)
   end
