@@ -86,6 +86,9 @@ void qm__mpq(qm__call *call, const qm_mpq *q, qm__use codes_use, qm__use grid_us
               "argument 'data': expected N a multiple of 32 (packed zeros), got N=%lld",
               (long long)n);
   const int64_t k = words / q->w_bit * 32;
+  /* What g_idx and q_perm can count; without columns no memory bounds the rows. */
+  qm__require(call, k <= INT32_MAX, "argument 'data': expected K below 2^31, got K=%lld",
+              (long long)k);
   qm__bind(call, "K", k);
   qm__bind(call, "zwords", n / 32 * q->w_bit);
   qm__bind(call, "rwords", k / 32 * q->residual_bits);

@@ -52,13 +52,11 @@ if o.device ~= "" then qm.set_default_device(o.device) end
 qm.seed(o.seed)
 
 -- The data: the text's tokens in a mapped file, every 20th block of them held out.
-local text = assert(qm.files.read(o.text))
 local tokenizer = o.tokenizer == "byte" and qm.tokenizer.byte()
-  or qm.tokenizer.train_bpe(text, { vocab_size = o.vocab_size })
+  or qm.tokenizer.train_bpe(assert(qm.files.read(o.text)), { vocab_size = o.vocab_size })
 qm.files.make_folder(o.out)
 local data = qm.data.open(o.text, { tokenizer = tokenizer, cache_dir = o.out })
 local batches = data:batches({ batch = o.batch, length = o.context, seed = o.seed })
-local characters_per_token = #text / data.count
 
 local model = qm.models.llama.new({
   vocab_size = tokenizer.vocab_size, hidden_size = o.hidden, intermediate_size = o.ffn,
@@ -87,7 +85,7 @@ local function evaluate()
       count = count + targets.shape[1]
     end
   end)
-  return sum / count / characters_per_token
+  return sum / count / data.chars_per_token
 end
 
 -- The training loop.
@@ -104,7 +102,7 @@ for step = first, o.steps do
     optim:clip_grad_norm(o.clip)
     local report = optim:step()
     optim:zero_grad()
-    progress:update(step, { loss = loss:item() / characters_per_token, lr = report.lr, grad_norm = report.grad_norm })
+    progress:update(step, { loss = loss:item() / data.chars_per_token, lr = report.lr, grad_norm = report.grad_norm })
     if report.warning then progress:note(report.warning) end
   end)
   training_seconds = training_seconds + qm.clock.now() - began

@@ -3,6 +3,16 @@ local qm = require("quartermoon")
 local mpq = require("spec.support.mpq")
 local testing = require("spec.support.testing")
 
+describe("a parameter without columns", function()
+  it("may not have more rows than an index can count", function()
+    local function empty(rows, dtype) return qm.empty({ rows, 0 }, { dtype = dtype }) end
+    assert.error_matches(function()
+      qm.QParam.new { data = empty(2 ^ 44, "i32"), scales = empty(2 ^ 17, "f32"), zeros = empty(2 ^ 17, "f32"),
+        w_bit = 4, group_size = 2 ^ 30 }
+    end, "qm.QParam.new: argument 'data': expected K below 2^31, got K=140737488355328", 1, true)
+  end)
+end)
+
 describe("qm.QParam", function()
   it("reads code p of a column from bits w_bit * (p mod V) of word p div V", function()
     local q = qm.QParam.new {

@@ -50,11 +50,10 @@ print(("%s; %d tokens a step, median of %d steps"):format(qm.default_device():in
   BATCH * CONTEXT, steps))
 local dense = measure({ kind = "dense" })
 local mpq = measure({ kind = "mpq", w_bit = 4, group_size = 64 })
-for name, result in pairs({ dense = dense, ["4-bit"] = mpq }) do
-  print(("\n%s\n%s"):format(name, tostring(result.profile)))
-end
+local rows = { { "dense", dense }, { "4-bit", mpq } }
+for _, row in ipairs(rows) do print(("\n%s\n%s"):format(row[1], tostring(row[2].profile))) end
 print(("\n%-6s %10s %28s %12s"):format("", "tokens/s", "outside GEMM and attention", "peak MiB"))
-for _, row in ipairs({ { "dense", dense }, { "4-bit", mpq } }) do
+for _, row in ipairs(rows) do
   print(("%-6s %10.0f %27.1f%% %12.1f"):format(row[1], row[2].rate, 100 * (1 - row[2].profile:share(COMPUTE)),
     row[2].peak_bytes / 2 ^ 20))
 end

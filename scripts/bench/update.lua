@@ -9,7 +9,6 @@
 -- Target: at least 70 % of the copy for f32 moments.
 
 local qm = require("quartermoon")
-local lib = require("quartermoon.ffi").lib
 
 local k, n = tonumber(arg[1]) or 1024, tonumber(arg[2]) or 4096
 local w_bit, group_size = tonumber(arg[3]) or 4, tonumber(arg[4]) or 128
@@ -21,10 +20,10 @@ local function median(times)
 end
 
 local function timed(device, body)
-  local start = lib.qm_clock()
+  local started = qm.clock.now()
   body()
   device:sync()
-  return lib.qm_clock() - start
+  return qm.clock.now() - started
 end
 
 ---Medians of several bodies, run in turns.
