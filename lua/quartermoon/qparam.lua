@@ -152,7 +152,7 @@ end
 function QParam:unpack()
   local description = QParam.descriptor(self, "unpack")
   local codes = tensors.empty(self.shape, { dtype = "u8", device = self.data.device })
-  binding.check(lib.qm_mpq_unpack(description, codes.desc), "unpack")
+  binding.check(lib.qm_mpq_unpack(description, codes.desc), "unpack", codes)
   return codes
 end
 
@@ -171,7 +171,7 @@ function QParam:dequantize(dtype, form)
   local code = FORMS[check.one_of(name, "form", form or "codes", { "codes", "residual", "bie" })]
   dtype = check.one_of(name, "dtype", dtype or self.scales.dtype, { "f32", "f16", "bf16" })
   local w = tensors.empty(self.shape, { dtype = dtype, device = self.data.device })
-  binding.check(lib.qm_mpq_dequantize(description, w.desc, code), name)
+  binding.check(lib.qm_mpq_dequantize(description, w.desc, code), name, w)
   return w
 end
 

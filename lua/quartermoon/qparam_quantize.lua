@@ -112,7 +112,7 @@ local function undo(self, codes, shift, mask, zeros, scales)
   local out = tensors.empty({ groups, n }, { dtype = zeros.dtype, device = zeros.device })
   local status = lib.qm_mpq_prepare(grid[1].desc, shift, mask, grid[2].desc, grid[3].desc, out.desc)
   for _, tensor in ipairs(grid) do tensor:free() end
-  binding.check(status, name)
+  binding.check(status, name, out)
   return out:keep()
 end
 

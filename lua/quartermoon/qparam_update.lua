@@ -3,6 +3,7 @@
 local ffi = require("ffi")
 local binding = require("quartermoon.ffi")
 local check = require("quartermoon.check")
+local scopes = require("quartermoon.scope")
 local lib = binding.lib
 
 local M = {}
@@ -156,7 +157,7 @@ function M.update(q, options)
   local grad = o.grad or q.privileged_grad
   if o.projector then
     q:validate()
-    full = projected_direction(name, q, o, adam)
+    full = scopes.guard(projected_direction, name, q, o, adam)
     grad, m, v = full, nil, nil
   end
   local grad_desc = check.desc(name, "grad", grad)

@@ -71,14 +71,14 @@ end
 ---The numbers of this step, as qm.adamw takes them.
 local function adam_options(self, rates, grad_scale)
   local options = self.options
-  return { step = self.steps, lr = rates.lr, lr_next = rates.lr_next, beta1 = options.betas[1],
+  return { step = self.steps + 1, lr = rates.lr, lr_next = rates.lr_next, beta1 = options.betas[1],
     beta2 = options.betas[2], eps = options.eps, weight_decay = self.weight_decay,
     grad_scale = grad_scale, correct_bias = options.correct_bias, seed = options.seed, parameter = self.id }
 end
 
 ---Adam's direction of the projected gradient, projected back to the weight's shape.
 local function projected_direction(self, grad, adam)
-  local low = self.projector:project(grad, self.steps - 1)
+  local low = self.projector:project(grad, self.steps)
   ensure_moments(self, low)
   local direction = qm.adam_direction(low, self.exp_avg, self.exp_avg_sq, adam)
   if low ~= grad then low:free() end
@@ -103,9 +103,9 @@ end
 local function step_quantized(self, grad, adam)
   ensure_quantized(self)
   local options, own = self.options, self.options.mode == "own"
-  local low = self.projector and self.projector:project(grad, self.steps - 1) or grad
+  local low = self.projector and self.projector:project(grad, self.steps) or grad
   ensure_moments(self, low)
-  qm.QParam.update(self.param, { step = self.steps - 1, exp_avg_l = self.exp_avg, exp_avg_s = self.exp_avg_sq,
+  qm.QParam.update(self.param, { step = self.steps, exp_avg_l = self.exp_avg, exp_avg_s = self.exp_avg_sq,
     grad = low, projector = self.projector, lr = adam.lr, lr_next = adam.lr_next, beta1 = adam.beta1,
     beta2 = adam.beta2, eps = adam.eps, weight_decay = adam.weight_decay, correct_bias = adam.correct_bias,
     grad_scale = adam.grad_scale, seed = adam.seed, mode = options.mode, rounding = self.rounding,
@@ -119,9 +119,9 @@ end
 ---@param grad_scale number
 function Slot:step(rates, grad_scale)
   local grad = self:gradient()
-  self.steps = self.steps + 1
   local adam = adam_options(self, rates, grad_scale)
   if self.quantized then step_quantized(self, grad, adam) else step_dense(self, grad, adam) end
+  self.steps = self.steps + 1
 end
 
 ---Read how the codes moved since the last reading, and add it to the totals. Waits for the device.
