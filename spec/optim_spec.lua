@@ -10,6 +10,16 @@ local function give(param, grad)
 end
 
 describe("qm.optim, dense parameters", function()
+  it("does not count a step that raised", function()
+    local w = qm.ones({ 2, 2 }, { requires_grad = true })
+    local projector = { project = function() error("no projection", 0) end }
+    local optim = qm.optim.new({ w }, { projector = function() return projector end })
+    w:sum():backward()
+    assert.error_matches(function() optim:step() end, "no projection")
+    assert.equal(0, optim.steps)
+    assert.equal(0, optim.slots[1].steps)
+  end)
+
   it("takes qm.adamw's steps, with the schedule's rates and the group's options", function()
     local a, b, bias = parameter({ 5, 3 }), parameter({ 4, 2 }), parameter({ 3 })
     local twins = { a:clone(), b:clone(), bias:clone() }

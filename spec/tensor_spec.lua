@@ -3,6 +3,14 @@ local qm = require("quartermoon")
 local device = assert(qm.device(os.getenv("QM_DEVICE") or "cpu"))
 local function live() return device:memory().live_bytes end
 
+describe("qm.device", function()
+  it("gives one object for one device, however it is spelt", function()
+    assert.equal(qm.device("cpu"), qm.device("cpu:0"))
+    local both = qm.concat({ qm.zeros({ 1 }, { device = "reference" }), qm.zeros({ 2 }, { device = "reference:0" }) })
+    assert.same({ 3 }, both.shape)
+  end)
+end)
+
 describe("making tensors", function()
   it("from tables, numbers and ranges", function()
     assert.same({ { 1, 2, 3 }, { 4, 5, 6 } }, qm.tensor({ { 1, 2, 3 }, { 4, 5, 6 } }):totable())

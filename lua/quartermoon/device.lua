@@ -13,23 +13,22 @@ local M = {}
 local Device = {}
 Device.__index = Device
 
-local open = {}
+local open = {} -- by "name:index"
 
 ---A device by name: "cpu", "reference", "cuda" or "cuda:1". Opening twice gives the same object.
 ---@param name string
 ---@return qm.Device|nil, string|nil reason  nil and the reason when this machine has no such device
 function M.open(name)
   check.type("qm.device", "name", name, "string")
-  if open[name] then return open[name] end
-  local backend, index = name:match("^([^:]+):?(%d*)$")
-  local out = ffi.new("qm_device *[1]")
+  local backend, digits = name:match("^([^:]+):?(%d*)$")
   if not backend then return nil, "no device is called '" .. name .. "'" end
-  if lib.qm_device_open(backend, tonumber(index) or 0, out) ~= 0 then return nil, binding.last_error() end
-  local device = setmetatable({
-    handle = ffi.gc(out[0], lib.qm_device_release), name = backend, index = tonumber(index) or 0,
-  }, Device)
-  open[name] = device
-  return device
+  local index = tonumber(digits) or 0
+  local key = backend .. ":" .. index
+  if open[key] then return open[key] end
+  local out = ffi.new("qm_device *[1]")
+  if lib.qm_device_open(backend, index, out) ~= 0 then return nil, binding.last_error() end
+  open[key] = setmetatable({ handle = ffi.gc(out[0], lib.qm_device_release), name = backend, index = index }, Device)
+  return open[key]
 end
 
 local default

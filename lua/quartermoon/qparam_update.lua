@@ -143,7 +143,7 @@ end
 ---   health               i64 [4], accumulates: elements, codes that moved, values clipped to the
 ---                        grid's ends, elements skipped because they were not finite
 ---@return integer step  steps taken now
----@raise when a type, a shape or an option does not fit; nothing is changed then
+---@raise when a type, a shape or an option does not fit; the parameter is not changed then
 function M.update(q, options)
   local name = "qm.QParam.update"
   if type(q) ~= "table" or type(q.descriptor) ~= "function" then check.fail(name, "q", "a qm.QParam", q) end
