@@ -4,13 +4,7 @@ local ffi = require("ffi")
 local process = require("spec.support.process")
 require("quartermoon")
 
-local function read(path)
-  local file = io.open(path, "rb")
-  if not file then return nil end
-  local text = file:read("*a")
-  file:close()
-  return text
-end
+local read = process.read
 
 ---The cdef section without comments, one declaration a line.
 local function declarations()

@@ -1,16 +1,15 @@
 -- Whatever is wrong with a file, the reader's error names the file and the reason, nothing stays open,
 -- and the program goes on. What each format refuses in particular stands in its own spec.
 local qm = require("quartermoon")
+local process = require("spec.support.process")
 
 describe("bad files", function()
-  local folder
+  local folder, remove_folder
 
   before_each(function()
-    folder = os.tmpname()
-    os.remove(folder)
-    assert(os.execute("mkdir " .. folder) == 0)
+    folder, remove_folder = process.folder()
   end)
-  after_each(function() os.execute("rm -rf " .. folder) end)
+  after_each(function() remove_folder() end)
 
   ---Each reader: a good file of its kind, and how to read it. A reader raises, or returns nil and why.
   local readers = {

@@ -1,4 +1,5 @@
 local qm = require("quartermoon")
+local process = require("spec.support.process")
 
 -- 4000 tokens whose value is their place, so that a batch shows where it came from.
 local function numbered(count)
@@ -8,14 +9,15 @@ local function numbered(count)
 end
 
 describe("qm.data", function()
-  local folder, path
+  local folder, remove_folder, path
   before_each(function()
-    folder = os.tmpname()
-    os.remove(folder)
-    assert(os.execute("mkdir " .. folder) == 0)
+    folder, remove_folder = process.folder()
     path = folder .. "/text.txt"
   end)
-  after_each(function() os.execute("chmod -R u+w " .. folder .. "; rm -rf " .. folder) end)
+  after_each(function()
+    os.execute("chmod -R u+w " .. folder)
+    remove_folder()
+  end)
 
   local function text_of(count)
     local words = { "In", "the", "beginning", "was", "the", "Word,", "\n", "and", "1:1" }

@@ -1,4 +1,5 @@
 local qm = require("quartermoon")
+local process = require("spec.support.process")
 
 local function big_endian(text, at)
   local a, b, c, d = text:byte(at, at + 3)
@@ -6,20 +7,13 @@ local function big_endian(text, at)
 end
 
 describe("qm.plot", function()
-  local folder
+  local folder, remove_folder
   before_each(function()
-    folder = os.tmpname()
-    os.remove(folder)
-    assert(os.execute("mkdir " .. folder) == 0)
+    folder, remove_folder = process.folder()
   end)
-  after_each(function() os.execute("rm -rf " .. folder) end)
+  after_each(function() remove_folder() end)
 
-  local function files()
-    local pipe = io.popen("ls -A " .. folder)
-    local text = pipe:read("*a")
-    pipe:close()
-    return text
-  end
+  local function files() return (process.run("ls -A " .. folder)) end
 
   local function missing(reason) return reason and reason:find("not installed", 1, true) end
 

@@ -1,4 +1,5 @@
 local qm = require("quartermoon")
+local process = require("spec.support.process")
 local testing = require("spec.support.testing")
 
 local function u64(value)
@@ -10,37 +11,18 @@ local function u64(value)
   return table.concat(bytes)
 end
 
-local function write_file(path, text)
-  local file = assert(io.open(path, "wb"))
-  file:write(text)
-  file:close()
-end
-
-local function read_file(path)
-  local file = io.open(path, "rb")
-  if not file then return nil end
-  local text = file:read("*a")
-  file:close()
-  return text
-end
+local write_file = process.write
 
 describe("qm.safetensors", function()
-  local folder, path
+  local folder, remove_folder, path
 
   before_each(function()
-    folder = os.tmpname()
-    os.remove(folder)
-    assert(os.execute("mkdir " .. folder) == 0)
+    folder, remove_folder = process.folder()
     path = folder .. "/x.safetensors"
   end)
-  after_each(function() os.execute("rm -rf " .. folder) end)
+  after_each(function() remove_folder() end)
 
-  local function files()
-    local pipe = io.popen("ls -A " .. folder)
-    local text = pipe:read("*a")
-    pipe:close()
-    return text
-  end
+  local function files() return (process.run("ls -A " .. folder)) end
 
   describe("open", function()
     it("reads what the format's page shows, header padded with spaces or not", function()
@@ -117,7 +99,7 @@ describe("qm.safetensors", function()
 
     it("refuses a file cut anywhere, and says which", function()
       qm.safetensors.save(path, { a = qm.ones({ 3 }), b = qm.ones({ 2, 2 }) }, { k = "v" })
-      local whole = read_file(path)
+      local whole = process.read(path)
       for length = 0, #whole - 1 do
         write_file(path, whole:sub(1, length))
         local ok, message = pcall(qm.safetensors.open, path)
@@ -165,7 +147,7 @@ describe("qm.safetensors", function()
 
     it("survives random damage", function()
       qm.safetensors.save(path, { a = qm.ones({ 3 }), b = qm.ones({ 2, 2 }, { dtype = "f16" }) }, { k = "v" })
-      local whole = read_file(path)
+      local whole = process.read(path)
       for _ = 1, 300 do
         local at = math.random(#whole)
         write_file(path, whole:sub(1, at - 1) .. string.char(math.random(0, 255)) .. whole:sub(at + 1))
@@ -226,16 +208,16 @@ describe("qm.safetensors", function()
     it("begins the data at a multiple of 8", function()
       for length = 1, 9 do
         qm.safetensors.save(path, { [("n"):rep(length)] = qm.ones({ 1 }) })
-        assert.equal(0, (#read_file(path) - 4) % 8)
+        assert.equal(0, (#process.read(path) - 4) % 8)
       end
     end)
 
     it("gives the same bytes for the same contents, and follows the umask", function()
       local parts, metadata = { a = qm.ones({ 2 }), b = qm.zeros({ 3 }) }, { x = "1", y = "2", z = "3" }
       qm.safetensors.save(path, parts, metadata)
-      local first = read_file(path)
+      local first = process.read(path)
       qm.safetensors.save(path, { b = parts.b, a = parts.a }, { z = "3", y = "2", x = "1" })
-      assert.equal(first, read_file(path))
+      assert.equal(first, process.read(path))
       assert.equal("x.safetensors\n", files())
     end)
 
@@ -248,7 +230,7 @@ describe("qm.safetensors", function()
       qm.safetensors.save(path, { a = qm.ones({ 2 }) })
       collectgarbage()
       collectgarbage()
-      local old, live = read_file(path), qm.handles_live()
+      local old, live = process.read(path), qm.handles_live()
       local freed, one = qm.ones({ 2 }), qm.ones({ 1 })
       freed:free()
       local refusals = {
@@ -263,7 +245,7 @@ describe("qm.safetensors", function()
       }
       for _, case in ipairs(refusals) do
         assert.error_matches(function() qm.safetensors.save(path, case[1], case[2]) end, case[3], 1, true)
-        assert.equal(old, read_file(path))
+        assert.equal(old, process.read(path))
         assert.equal("x.safetensors\n", files())
       end
       one:free()
@@ -296,21 +278,21 @@ describe("qm.safetensors", function()
 
     it("reports a full disk, leaves the old file and nothing else", function()
       qm.safetensors.save(path, { a = qm.ones({ 2 }) })
-      local old = read_file(path)
+      local old = process.read(path)
       -- A limit on the file's size of 16 blocks, with its signal ignored, fails as a full disk does.
       local text = child("print(pcall(qm.safetensors.save, path, { a = qm.ones({ 100000 }) }))",
         "trap '' XFSZ; ulimit -f 16;")
       assert.truthy(text:find("false.*" .. "x.safetensors.partial: File too large"), text)
-      assert.equal(old, read_file(path))
+      assert.equal(old, process.read(path))
       assert.equal("x.safetensors\n", files())
     end)
 
     it("leaves the old file when it is killed half way, and the next run cleans up", function()
       qm.safetensors.save(path, { a = qm.ones({ 2 }) })
-      local old = read_file(path)
+      local old = process.read(path)
       -- Without the trap, the first write past the limit kills the process.
       child("qm.safetensors.save(path, { a = qm.ones({ 100000 }) })", "ulimit -f 16; ulimit -c 0;")
-      assert.equal(old, read_file(path))
+      assert.equal(old, process.read(path))
       assert.equal("x.safetensors\nx.safetensors.partial\n", files())
       qm.safetensors.save(path, { b = qm.ones({ 5 }) })
       assert.equal("x.safetensors\n", files())

@@ -4,6 +4,22 @@ local M = {}
 ---One word of a shell's line.
 function M.quote(word) return "'" .. word:gsub("'", "'\\''") .. "'" end
 
+---A file's bytes, or nil.
+function M.read(path)
+  local file = io.open(path, "rb")
+  if not file then return nil end
+  local text = file:read("*a")
+  file:close()
+  return text
+end
+
+---Put bytes into a file.
+function M.write(path, bytes)
+  local file = assert(io.open(path, "wb"))
+  file:write(bytes)
+  file:close()
+end
+
 ---Run a shell command.
 ---@param command string
 ---@param input string|nil  its standard input; default empty
@@ -11,9 +27,7 @@ function M.quote(word) return "'" .. word:gsub("'", "'\\''") .. "'" end
 ---@return integer status  the exit status; 128 + n after signal n
 function M.run(command, input)
   local path = os.tmpname()
-  local file = assert(io.open(path, "wb"))
-  file:write(input or "")
-  file:close()
+  M.write(path, input or "")
   local pipe = assert(io.popen(("( %s ) <%s 2>&1; echo \"\n$?\""):format(command, path), "r"))
   local text = pipe:read("*a")
   pipe:close()

@@ -33,6 +33,21 @@ function M.new(name, merges, specials)
   return self
 end
 
+---Put `id` in place of every neighbouring left and right, in place. @return integer count  of ids left
+function M.merge_pair(ids, left, right, id)
+  local to, from, count = 1, 1, #ids
+  while from <= count do
+    if from < count and ids[from] == left and ids[from + 1] == right then
+      ids[to], from = id, from + 2
+    else
+      ids[to], from = ids[from], from + 1
+    end
+    to = to + 1
+  end
+  for i = to, count do ids[i] = nil end
+  return to - 1
+end
+
 ---The ids of one piece: again and again, the pair that was merged first in training.
 local function merge_piece(made, piece)
   local ids, count = { piece:byte(1, -1) }, #piece
@@ -43,17 +58,7 @@ local function merge_piece(made, piece)
       if id and (not best or id < best) then best, left, right = id, ids[i], ids[i + 1] end
     end
     if not best then break end
-    local to, from = 1, 1
-    while from <= count do
-      if from < count and ids[from] == left and ids[from + 1] == right then
-        ids[to], from = best, from + 2
-      else
-        ids[to], from = ids[from], from + 1
-      end
-      to = to + 1
-    end
-    for i = to, count do ids[i] = nil end
-    count = to - 1
+    count = M.merge_pair(ids, left, right, best)
   end
   return ids
 end

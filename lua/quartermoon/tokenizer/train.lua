@@ -5,7 +5,8 @@
 ---Ties go to the pair of smaller ids, so that one text gives one vocabulary everywhere.
 
 local split = require("quartermoon.tokenizer.split")
-local PAIR = require("quartermoon.tokenizer.bpe").PAIR
+local bpe = require("quartermoon.tokenizer.bpe")
+local PAIR = bpe.PAIR
 
 local M = {}
 
@@ -80,20 +81,6 @@ local function add_pairs(word, weight, totals)
   end
 end
 
-local function merge_word(word, left, right, id)
-  local to, from, count = 1, 1, #word
-  while from <= count do
-    if from < count and word[from] == left and word[from + 1] == right then
-      word[to], from = id, from + 2
-    else
-      word[to], from = word[from], from + 1
-    end
-    to = to + 1
-  end
-  for i = to, count do word[i] = nil end
-  return to - 1 < count
-end
-
 ---Note under each pair of a piece that has `id` (or any, without) that the piece holds it.
 local function note_holders(word, number, holders, id, fresh)
   for i = 1, #word - 1 do
@@ -135,7 +122,8 @@ function M.learn(text, merge_count, count_min)
       for _, number in ipairs(holders[key]) do
         local word = words[number]
         add_pairs(word, -counts[number], totals)
-        local merged = merge_word(word, left, right, id)
+        local length = #word
+        local merged = bpe.merge_pair(word, left, right, id) < length
         add_pairs(word, counts[number], totals)
         if merged then note_holders(word, number, holders, id, fresh) end
       end
