@@ -323,7 +323,9 @@ enum { QM_FEEDBACK_NONE = 0, QM_FEEDBACK_MOMENTUM = 1, QM_FEEDBACK_RESIDUAL = 2 
 typedef struct qm_mpq_update_options {
   qm_adam adam;
   int32_t rounding;
-  int32_t feedback; /* MOMENTUM: arXiv 2601.22101; RESIDUAL needs q's residual */
+  /* MOMENTUM: the rounding error goes into exp_avg (arXiv 2601.22101), but for what lies beyond the
+  ** grid's ends: that could only wind the momentum up. RESIDUAL: it stays in q's residual. */
+  int32_t feedback;
 } qm_mpq_update_options;
 /* One fused step on the fixed grid: decode, Adam, decay, round, feedback, encode.
 ** grad float [K, N] in feature order; exp_avg, exp_avg_sq f32 or bf16 [K, N], or both NULL: then

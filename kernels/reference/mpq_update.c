@@ -91,7 +91,10 @@ static void update_element(const qm_mpq_update_args *args, const qm_mpq_step *st
                      (uint32_t)(steps - (new_code << span->bits) + span->half));
   if (!has_moments) return;
   if (args->options.feedback == QM_FEEDBACK_MOMENTUM) {
-    const float lost = scale * (move - (got - (float)start));
+    /* Beyond the grid's ends nothing is owed: paying it back would only wind the momentum up. */
+    const float target = (float)start + move;
+    const int inside = target >= span->low && target <= span->high;
+    const float lost = inside ? scale * (move - (got - (float)start)) : 0.0f;
     next.m -= step->inject * next.denominator * lost;
   }
   store_moment(&args->exp_avg, at, next.m, noise, QM_STREAM_EXP_AVG, element);

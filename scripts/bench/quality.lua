@@ -1,7 +1,7 @@
 -- quality.lua - what do weights kept only in low bits cost? Same seed, data order, betas and learning
 -- rates for every row; one table and one picture for each of two questions.
 --
---   bin/quartermoon scripts/bench/quality.lua [--steps 1500] [--seeds 1] [--out runs/quality]
+--   bin/quartermoon scripts/bench/quality.lua [--steps 1500] [--seeds 3] [--out runs/quality]
 --
 -- (a) From scratch on the King James Bible: how far is the loss from full precision's?
 -- (b) Fine-tuning a model of it on the Jargon File: how much of full precision's gain remains, against
@@ -17,9 +17,9 @@ local o = qm.options.parse(arg, {
   { "steps", 1500, "steps from scratch" },
   { "pretrain_steps", 2400, "steps of full precision before fine-tuning" },
   { "tune_steps", 500, "steps of fine-tuning" },
-  { "seeds", 1, "runs of each row, averaged" },
+  { "seeds", 3, "runs of each row, averaged" },
   { "lr", 3e-3, "peak learning rate from scratch" },
-  { "tune_lr", 1e-3, "peak learning rate of the blocks in fine-tuning" },
+  { "tune_lr", 3e-4, "peak learning rate of the blocks in fine-tuning" },
   { "out", "runs/quality", "folder for the pictures" },
 })
 
@@ -170,11 +170,15 @@ local base = train(DENSE, pretrained, bible, o.pretrain_steps, o.lr, o.lr, 1)
 say("(b) pretrained: %.4f, on the Jargon File %.4f, in %.0f s", base.loss, evaluate(pretrained, jargon), base.seconds)
 local tuned = {}
 for i, row in ipairs(TUNE) do
-  local model = build(row, 1, pretrained)
-  tuned[i] = train(row, model, jargon, o.tune_steps, o.tune_lr, 1e-3, 2)
-  tuned[i].row = row
-  model:free()
-  say("(b) %-26s %.4f in %.0f s", row.name, tuned[i].loss, tuned[i].seconds)
+  local sum, last = 0, nil
+  for seed = 1, o.seeds do
+    local model = build(row, seed, pretrained)
+    last = train(row, model, jargon, o.tune_steps, o.tune_lr, 1e-3, seed)
+    model:free()
+    sum = sum + last.loss
+    say("(b) %-26s seed %d: %.4f in %.0f s", row.name, seed, last.loss, last.seconds)
+  end
+  tuned[i] = { row = row, loss = sum / o.seeds, curve = last.curve, moved = last.moved }
 end
 local frozen, full = tuned[1].loss, tuned[2].loss
 print(("\n(b) fine-tuning, %d steps at learning rate %g, nats per character on held-out Jargon File"):format(

@@ -150,7 +150,9 @@ function M.update(q, grad, m, v, o)
         codes[p][n] = new
         if residuals then residuals[p][n] = got - new * unit end
         if o.feedback == "momentum" then
-          local lost = f32(scale * f32(move - (got - start)))
+          local target = f32(start + move)
+          local inside = target >= lowest and target <= highest
+          local lost = inside and f32(scale * f32(move - (got - start))) or 0
           first = f32(first - f32(f32(inject * denominator) * lost))
         end
         m[k][n], v[k][n] = first, second

@@ -99,7 +99,9 @@ static inline __attribute__((always_inline)) void step_row(const update_call *ca
     skipped += !ok;
     if (has_moments) {
       if (feedback == QM_FEEDBACK_MOMENTUM) {
-        const float lost = scale[j] * (move - (got - (float)start));
+        const float target = (float)start + move;
+        const int inside = (target >= span.low) & (target <= span.high);
+        const float lost = inside ? scale[j] * (move - (got - (float)start)) : 0.0f;
         next_m -= c.inject * denominator * lost;
       }
       m[j] = ok ? next_m : m[j];
