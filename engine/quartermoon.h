@@ -126,8 +126,7 @@ typedef struct qm_profile_entry {
 double qm_clock(void);
 /* Forget what was booked and book from now on (1), or stop booking (0). */
 int32_t qm_profile_enable(int32_t on);
-/* The i-th kernel that ran, or QM_E_ARGUMENT past the end. */
-int32_t qm_profile_get(int32_t index, qm_profile_entry *out);
+int32_t qm_profile_get(int32_t index, qm_profile_entry *out); /* QM_E_ARGUMENT past the end */
 
 /* ---- storage ---- */
 
@@ -323,8 +322,8 @@ enum { QM_FEEDBACK_NONE = 0, QM_FEEDBACK_MOMENTUM = 1, QM_FEEDBACK_RESIDUAL = 2 
 typedef struct qm_mpq_update_options {
   qm_adam adam;
   int32_t rounding;
-  /* MOMENTUM: the rounding error goes into exp_avg (arXiv 2601.22101), but for what lies beyond the
-  ** grid's ends: that could only wind the momentum up. RESIDUAL: it stays in q's residual. */
+  /* Where the rounding error goes: RESIDUAL, q's residual; MOMENTUM, exp_avg (arXiv 2601.22101), but
+  ** for what lies beyond the grid's ends, which could only wind it up. */
   int32_t feedback;
 } qm_mpq_update_options;
 /* One fused step on the fixed grid: decode, Adam, decay, round, feedback, encode.
