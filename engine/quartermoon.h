@@ -322,7 +322,7 @@ enum { QM_FEEDBACK_NONE = 0, QM_FEEDBACK_MOMENTUM = 1, QM_FEEDBACK_RESIDUAL = 2 
 typedef struct qm_mpq_update_options {
   qm_adam adam;
   int32_t rounding;
-  /* Where the rounding error goes: RESIDUAL, q's residual; MOMENTUM, exp_avg (arXiv 2601.22101), but
+  /* Where rounding errors go: RESIDUAL, q's residual; MOMENTUM, exp_avg (arXiv 2601.22101), save
   ** for what lies beyond the grid's ends, which could only wind it up. */
   int32_t feedback;
 } qm_mpq_update_options;
