@@ -175,6 +175,16 @@ describe("qm.checkpoints", function()
       assert.error_matches(function() qm.checkpoints.load(path, { model = other }) end,
         "is f32 %[.*%] there, expected f32 %[")
       assert.equal(before, other.model.embed_tokens.weight:bytes())
+      collectgarbage()
+      collectgarbage("stop")
+      local live = qm.handles_live()
+      files.write(path .. "/state.json", '{"format": 1, "step": 1, "optim": {"slots": [3]}}')
+      assert.error_matches(function() run:load(path) end, "expected a state of %d+ parameters, got number 1")
+      files.write(path .. "/state.json", '{"format": 1, "step": 1, "quantized": 7}')
+      assert.error_matches(function() run:load(path) end,
+        "qm.checkpoints.load: argument 'state.json, quantized': expected a table, got number 7", 1, true)
+      assert.equal(live, qm.handles_live()) -- what was read of the file is released
+      collectgarbage("restart")
       files.write(path .. "/state.json", '{"format": 1, "step": -3}')
       assert.error_matches(function() run:load(path) end, "argument 'step': expected an integer of at least 0", 1, true)
       files.write(path .. "/state.json", '{"format": 1, "st')

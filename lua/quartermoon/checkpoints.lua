@@ -14,6 +14,7 @@ local module = require("quartermoon.nn.module")
 local raise = require("quartermoon.ffi").raise
 local random = require("quartermoon.random")
 local safetensors = require("quartermoon.safetensors")
+local scopes = require("quartermoon.scope")
 
 local M = {}
 
@@ -132,11 +133,12 @@ local function match_quantized(name, entry, saved, file)
 end
 
 local function load_model(name, path, model, state)
+  local quantized = check.type(name, "state.json, quantized", state.quantized or {}, "table")
   safetensors.with(path .. "/model.safetensors", function(file)
     local wanted = {}
     for _, entry in ipairs(model:named_parameters()) do
       if module.is_quantized(entry.param) then
-        match_quantized(name, entry, (state.quantized or {})[entry.name], file)
+        match_quantized(name, entry, quantized[entry.name], file)
       end
       for _, part in ipairs(module.parts(entry)) do wanted[part.name] = part.tensor end
     end
@@ -153,12 +155,13 @@ local function load_model(name, path, model, state)
 end
 
 local function load_optim(path, optim, state)
-  safetensors.with(path .. "/optim.safetensors", function(file)
+  local function read(file)
     local tensors = {}
     for _, key in ipairs(file:names()) do tensors[key] = file:tensor(key, "cpu") end
     optim:load_state({ numbers = state.optim, tensors = tensors })
     for _, tensor in pairs(tensors) do tensor:free() end
-  end)
+  end
+  safetensors.with(path .. "/optim.safetensors", function(file) scopes.guard(read, file) end)
 end
 
 local function restore(name, what, generator, saved)

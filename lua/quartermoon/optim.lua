@@ -258,8 +258,9 @@ function Optim:load_state(state)
       type(numbers.slots) == "table" and #numbers.slots or numbers.slots)
   end
   for i, slot in ipairs(self.slots) do
-    if numbers.slots[i].name ~= slot.name then
-      check.fail(name, "parameter " .. i, "'" .. slot.name .. "'", numbers.slots[i].name)
+    local saved = check.type(name, "slots[" .. i .. "]", numbers.slots[i], "table").name
+    if saved ~= slot.name then
+      check.fail(name, "parameter " .. i, "'" .. slot.name .. "'", saved)
     end
   end
   self.steps = check.integer(name, "steps", numbers.steps, 0)
