@@ -98,6 +98,7 @@ local function find(declared, word)
 end
 
 local function read_words(declared, words, values)
+  for _, word in ipairs(words) do check.type("qm.options.read", "words", word, "string") end
   local i, only_arguments, count = 1, false, 0
   while words[i] do
     local word = words[i]
@@ -197,7 +198,7 @@ end
 ---The help of a declaration, its columns aligned.
 ---@return string
 function M.help(declaration)
-  local declared = declare("qm.options.help", declaration)
+  local declared = declare("qm.options.help", check.type("qm.options.help", "declaration", declaration, "table"))
   local out, rows = {}, {}
   local usage = { "usage: " .. (declaration.name or "script"), "[options]" }
   for _, argument in ipairs(declared.arguments) do

@@ -21,6 +21,7 @@ Progress.__index = Progress
 
 ---12.3k, 4.56M: three digits that matter.
 function M.short(value)
+  check.type("qm.progress.short", "value", value, "number")
   for _, unit in ipairs({ { 1e12, "T" }, { 1e9, "G" }, { 1e6, "M" }, { 1e3, "k" } }) do
     if value >= unit[1] then
       local scaled = value / unit[1]
@@ -32,6 +33,7 @@ end
 
 ---A span of time: 45 s, 2:05 min, 3:07:20 h, 2 d 5 h.
 function M.duration(seconds)
+  check.type("qm.progress.duration", "seconds", seconds, "number")
   seconds = math.floor(seconds + 0.5)
   if seconds < 60 then return seconds .. " s" end
   if seconds < 3600 then return ("%d:%02d min"):format(seconds / 60, seconds % 60) end

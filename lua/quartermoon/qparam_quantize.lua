@@ -2,6 +2,7 @@
 
 local binding = require("quartermoon.ffi")
 local check = require("quartermoon.check")
+local random = require("quartermoon.random")
 local scopes = require("quartermoon.scope")
 local tensors = require("quartermoon.tensor")
 local QParam = require("quartermoon.qparam").QParam
@@ -79,6 +80,9 @@ local NO_RESIDUAL = { [4] = -0x77777778, [8] = -0x7f7f7f80 }
 function M.add_residual(self, bits, generator)
   local name = "add_residual"
   bits = check.one_of(name, "bits", bits or 8, { 4, 8 })
+  if generator ~= nil and getmetatable(generator) ~= random.Generator then
+    check.fail(name, "generator", "a qm.generator", generator)
+  end
   if self.residual then check.fail(name, "q", "a parameter without a residual", self) end
   local shape, device = { self.shape[1] * bits / 32, self.shape[2] }, self.data.device
   if generator then

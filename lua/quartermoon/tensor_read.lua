@@ -41,6 +41,7 @@ local window = ffi.new("qm_tensor")
 ---@param buffer ffi.cdata*  from host_buffer of this tensor's type
 function Reading:read_elements(first, length, buffer)
   local name, size = "read_elements", dtypes.size[self:alive("read_elements").dtype]
+  if #self.shape ~= 1 then check.fail(name, "self", "a tensor of one dimension", self) end
   check.integer(name, "first", first, 1, self.shape[1] + 1)
   check.integer(name, "length", length, 0, self.shape[1] + 1 - first)
   host_buffer.check(name, buffer, length, self.dtype)

@@ -229,6 +229,9 @@ end
 ---@param cache qm.nn.KeyValues[]  grows by R rows
 ---@return qm.Tensor        [1, vocab_size]
 function Llama:next_logits(tokens, cache)
+  if type(cache) ~= "table" or #cache ~= self.config.num_hidden_layers then
+    check.fail("model:next_logits", "cache", "what model:cache() gave", cache)
+  end
   return qm.no_grad(qm.scope, function()
     local x = hidden_states(self, "model:next_logits", tokens, nil, cache)
     return head(self, x:view_rows("model:next_logits", x.shape[1], 1))
