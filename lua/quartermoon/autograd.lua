@@ -222,6 +222,7 @@ end
 ---@param grad qm.Tensor|nil  the gradient to start from, of this tensor's shape; default 1, for a tensor
 ---   of one element
 function Tensor:backward(grad)
+  check.desc("backward", "self", self)
   self:alive("backward")
   if not self.node then
     binding.raise("backward: this tensor depends on nothing that requires a gradient (or backward() ran already)")

@@ -85,6 +85,48 @@ function M.one_of(name, argument, value, choices)
   M.fail(name, argument, "one of " .. table.concat(words, ", "), value)
 end
 
+---An object of this class, or of one that inherits from it?
+local function is_instance(value, class)
+  local own = getmetatable(value)
+  for _ = 1, 8 do
+    if own == class then return true end
+    local parent = getmetatable(own)
+    own = type(parent) == "table" and parent.__index
+    if not own then return false end
+  end
+  return false
+end
+
+---An object of a class, or of one that inherits from it.
+---@param class_name string  as the user knows it
+function M.instance(name, argument, value, class, class_name)
+  if not is_instance(value, class) then M.fail(name, argument, "a " .. class_name, value) end
+  return value
+end
+
+local unguarded = setmetatable({}, { __mode = "k" })
+
+---The function that stands in the source, where `methods` put a guard before it.
+function M.source_of(method) return unguarded[method] or method end
+
+---Let every method of a class say so when its object is none of the class, as `x.count()` for
+---`x:count()` does.
+---@param class_name string   as the user knows it
+---@param statics table|nil   set of names that are no methods, { new = true }
+function M.methods(class_name, class, statics)
+  for key, method in pairs(class) do
+    if type(method) == "function" and key:sub(1, 2) ~= "__" and not (statics and statics[key]) then
+      class[key] = function(self, ...)
+        if getmetatable(self) ~= class then
+          M.instance(class_name .. ":" .. key, "self", self, class, class_name .. " (methods are called with ':')")
+        end
+        return method(self, ...)
+      end
+      unguarded[class[key]] = method
+    end
+  end
+end
+
 ---Edit distance, for "did you mean".
 local function distance(a, b)
   local row = {}

@@ -81,6 +81,18 @@ local function tidy(folder, keep)
   end
 end
 
+---What is saved or restored must be what it should be.
+local function check_objects(name, options)
+  if options.model then check.instance(name, "model", options.model, module.Module, "qm.Module") end
+  if options.rng then check.instance(name, "rng", options.rng, random.Generator, "qm.Generator") end
+  for _, key in ipairs({ "optim", "data" }) do
+    local object = options[key]
+    if object and not (type(object) == "table" and object.state and object.load_state) then
+      check.fail(name, key, "an object with state() and load_state()", object)
+    end
+  end
+end
+
 local SAVE_OPTIONS = { step = check.required, model = check.optional, optim = check.optional, data = check.optional,
   rng = check.optional, config = check.optional, extra = check.optional, keep = 3 }
 
@@ -97,6 +109,7 @@ function M.save(folder, options)
   options = check.options(name, options, SAVE_OPTIONS)
   local step = check.integer(name, "step", options.step, 0, 2 ^ 53)
   local keep = check.integer(name, "keep", options.keep, 1)
+  check_objects(name, options)
   local default = random.default
   local state = { format = FORMAT, step = step, config = options.config, extra = options.extra,
     default_rng = { seed = default.seed, draws = default.draws } }
@@ -180,6 +193,7 @@ function M.load(path, options)
   check.type(name, "path", path, "string")
   options = check.options(name, options, { model = check.optional, optim = check.optional, data = check.optional,
     rng = check.optional })
+  check_objects(name, options)
   if not files.exists(path .. "/state.json") then
     local newest, reason = M.latest(path)
     path = newest or raise(name .. ": " .. reason)

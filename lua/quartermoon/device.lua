@@ -93,4 +93,7 @@ function Device.describe(device) return "device " .. tostring(device) end
 function Device:__tostring() return self.index == 0 and self.name or self.name .. ":" .. self.index end
 
 M.Device = Device
+
+check.methods("qm.Device", Device)
+
 return M

@@ -127,6 +127,7 @@ end
 ---@param state table|nil  what an earlier call returned as its second value
 ---@return string hex, table state
 function M.checksum(text, state)
+  check.type("qm.files.checksum", "text", text, "string")
   local a, b = mix(text, state and state[1] or 0), mix(text, state and state[2] or 0x2545f491)
   local function finish(hash)
     hash = tobit(hash + lshift(hash, 3))
@@ -192,5 +193,7 @@ function M.split(path)
   local folder, base = path:match("^(.*/)([^/]*)$")
   return folder or "", base or path
 end
+
+check.methods("qm.FileWriter", Writer)
 
 return M

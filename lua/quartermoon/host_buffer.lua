@@ -9,12 +9,20 @@ local M = {}
 local ELEMENT = { f32 = "float", i8 = "int8_t", u8 = "uint8_t", i16 = "int16_t", i32 = "int32_t", i64 = "int64_t" }
 local rooms = setmetatable({}, { __mode = "k" }) -- { type, elements } of every buffer made here
 
+---Zeroed memory for `count` elements, and no protection. LuaJIT makes objects of less than 2 GiB.
+function M.memory(name, dtype, count)
+  if count * ffi.sizeof(ELEMENT[dtype]) >= 2 ^ 31 then
+    check.fail(name, "count", "less than 2 GiB of " .. dtype .. " in host memory", count)
+  end
+  return ffi.new(ELEMENT[dtype] .. "[?]", math.max(count, 1))
+end
+
 ---Host memory for `count` elements, to index from 0. Indices are not checked. Without f16 and bf16,
 ---which Lua cannot read.
 function M.new(dtype, count)
   check.one_of("host_buffer", "dtype", dtype, { "f32", "i8", "u8", "i16", "i32", "i64" })
   check.integer("host_buffer", "count", count, 0)
-  local buffer = ffi.new(ELEMENT[dtype] .. "[?]", math.max(count, 1))
+  local buffer = M.memory("host_buffer", dtype, count)
   rooms[buffer] = { dtype, count }
   return buffer
 end

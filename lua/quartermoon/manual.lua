@@ -1,5 +1,7 @@
 ---The manual at the prompt: the comment that stands above a function or opens a module.
 
+local check = require("quartermoon.check")
+
 local M = {}
 
 local function lines_of(path)
@@ -23,7 +25,7 @@ local function comment_above(lines, last)
 end
 
 local function of_function(value)
-  local info = debug.getinfo(value, "S")
+  local info = debug.getinfo(check.source_of(value), "S")
   local path = info.source:match("^@(.*)")
   local lines = path and lines_of(path)
   if not lines then return nil, "a function written in C, or without a source file" end

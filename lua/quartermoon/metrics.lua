@@ -25,7 +25,9 @@ local function encode(record)
   for i, key in ipairs(keys) do
     local value = record[key]
     if type(value) == "number" and (value ~= value or math.abs(value) == math.huge) then value = cjson.null end
-    keys[i] = cjson.encode(key) .. ":" .. cjson.encode(value)
+    local ok, text = pcall(cjson.encode, value)
+    if not ok then check.fail("metrics:write", key, "a number, a string or a boolean", value) end
+    keys[i] = cjson.encode(key) .. ":" .. text
   end
   return "{" .. table.concat(keys, ",") .. "}\n"
 end
@@ -49,6 +51,7 @@ end
 ---@param path string
 ---@return table[]|nil records, string|nil reason
 function M.read(path)
+  check.type("qm.metrics.read", "path", path, "string")
   local records, reason = read_lines(path)
   return records, not records and reason or nil
 end
@@ -63,6 +66,7 @@ function M.open(path, options)
   local name = "qm.metrics.open"
   check.type(name, "path", path, "string")
   options = check.options(name, options, { after = check.optional })
+  if options.after then check.number(name, "after", options.after) end
   if (files.size(path) or 0) > 0 then
     local records, lines = read_lines(path)
     if not records then binding.raise(name .. ": " .. lines) end
@@ -92,5 +96,7 @@ function Metrics:close()
   if self.file then self.file:close() end
   self.file = nil
 end
+
+check.methods("qm.Metrics", Metrics)
 
 return M

@@ -286,4 +286,6 @@ function Optim:__tostring()
     self.skipped, self:state_bytes() / 2 ^ 20)
 end
 
+check.methods("qm.Optim", Optim)
+
 return M

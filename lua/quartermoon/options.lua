@@ -43,13 +43,18 @@ local function complete(name, given)
   option.type = option.type or type(default) == "boolean" and "flag" or type(default) == "string" and "string"
     or type(default) == "number" and (default % 1 == 0 and math.abs(default) > 1 and "integer" or "number") or "string"
   check.one_of(name, option.name .. ".type", option.type, { "flag", "string", "integer", "number" })
+  if option.choices then check.type(name, option.name .. ".choices", option.choices, "table") end
+  for _, key in ipairs({ "min", "max" }) do
+    if option[key] then check.number(name, option.name .. "." .. key, option[key]) end
+  end
+  if option.value then check.type(name, option.name .. ".value", option.value, "string") end
   if option.type == "flag" and default == nil then option.default = false end
   return option
 end
 
 local function declare(name, declaration)
   local declared = { list = {}, by_name = {}, names = {}, arguments = {} }
-  for _, given in ipairs(declaration) do
+  for _, given in ipairs(check.type(name, "declaration", declaration, "table")) do
     local option = complete(name, given)
     if declared.by_name[option.name] then check.fail(name, "declaration", "different names", option.name) end
     declared.list[#declared.list + 1], declared.by_name[option.name] = option, option
@@ -57,7 +62,8 @@ local function declare(name, declaration)
     if option.type == "flag" then declared.names[#declared.names + 1] = typed("no_" .. option.name) end
   end
   declared.names[#declared.names + 1] = "--help"
-  for i, given in ipairs(declaration.arguments or {}) do declared.arguments[i] = complete(name, given) end
+  local arguments = check.type(name, "arguments", declaration.arguments or {}, "table")
+  for i, given in ipairs(arguments) do declared.arguments[i] = complete(name, given) end
   return declared
 end
 
@@ -149,8 +155,11 @@ end
 ---@return table|nil values, string|nil reason  nil and "help", or nil and what is wrong
 function M.read(words, declaration)
   local name = "qm.options.read"
-  local declared = declare(name, check.type(name, "declaration", declaration, "table"))
-  local values, reason = read_words(declared, check.type(name, "words", words, "table"), {})
+  local declared = declare(name, declaration)
+  for i, word in ipairs(check.type(name, "words", words, "table")) do
+    check.type(name, "words[" .. i .. "]", word, "string")
+  end
+  local values, reason = read_words(declared, words, {})
   if not values then return nil, reason end
   for _, option in ipairs(declared.list) do
     if values[option.name] == nil then values[option.name] = option.default end
@@ -198,7 +207,10 @@ end
 ---The help of a declaration, its columns aligned.
 ---@return string
 function M.help(declaration)
-  local declared = declare("qm.options.help", check.type("qm.options.help", "declaration", declaration, "table"))
+  local name = "qm.options.help"
+  local declared = declare(name, declaration)
+  if declaration.name then check.type(name, "name", declaration.name, "string") end
+  if declaration.about then check.type(name, "about", declaration.about, "string") end
   local out, rows = {}, {}
   local usage = { "usage: " .. (declaration.name or "script"), "[options]" }
   for _, argument in ipairs(declared.arguments) do

@@ -53,6 +53,10 @@ function M.new(options)
     every = check.optional, out = check.optional, smoothing = 0.98, output = io.stderr, terminal = check.optional,
     clock = clock.now })
   check.integer(name, "steps", options.steps, 1)
+  if options.tokens_per_step then check.number(name, "tokens_per_step", options.tokens_per_step, 0) end
+  if options.every then check.integer(name, "every", options.every, 1) end
+  if options.out then check.type(name, "out", options.out, "string") end
+  check.type(name, "clock", options.clock, "function")
   check.number(name, "smoothing", options.smoothing, 0, 0.9999)
   local is_terminal = options.terminal
   if is_terminal == nil then is_terminal = options.output == io.stderr and terminal.is_terminal(2) end
@@ -133,6 +137,10 @@ function Progress:update(step, values)
   local name = "progress:update"
   check.integer(name, "step", step, 0)
   check.type(name, "values", values, "table")
+  for _, key in ipairs({ "loss", "lr" }) do
+    if values[key] ~= nil then check.type(name, key, values[key], "number") end
+  end
+  if values.text ~= nil then check.type(name, "text", values.text, "string") end
   local now = self.clock()
   record(self, step, values)
   note_value(self.losses, step, values.loss)
@@ -152,6 +160,7 @@ end
 ---Tell the held-out loss after a step: printed, and in the metrics as `held_out`.
 ---@param loss number
 function Progress:evaluated(step, loss)
+  check.integer("progress:evaluated", "step", step, 0)
   check.type("progress:evaluated", "loss", loss, "number")
   record(self, step, { held_out = loss })
   note_value(self.evaluations, step, loss)
@@ -181,6 +190,7 @@ end
 
 ---Print a line of its own, above the line that moves.
 function Progress:note(text)
+  check.type("progress:note", "text", text, "string")
   if self.terminal and self.width > 0 then self.output:write("\r", (" "):rep(self.width), "\r") end
   self.width = 0
   self.output:write(text, "\n")
@@ -195,5 +205,7 @@ function Progress:finish()
   self.width = 0
   self.output:flush()
 end
+
+check.methods("qm.Progress", Progress)
 
 return M

@@ -224,4 +224,7 @@ function Galore:__tostring()
 end
 
 M.Galore = Galore
+
+check.methods("qm.projector.Galore", Galore)
+
 return M

@@ -55,8 +55,10 @@ function QParam:descriptor(name)
   descriptor.g_idx = check.optional_desc(name, "q.g_idx", self.g_idx)
   descriptor.q_perm = check.optional_desc(name, "q.q_perm", self.q_perm)
   descriptor.residual = check.optional_desc(name, "q.residual", self.residual)
-  descriptor.w_bit, descriptor.residual_bits = self.w_bit, self.residual_bits
-  descriptor.group_size, descriptor.asym = self.group_size, self.asym and 1 or 0
+  for _, key in ipairs({ "w_bit", "residual_bits", "group_size" }) do
+    descriptor[key] = check.integer(name, "q." .. key, self[key], 0, 2 ^ 31 - 1)
+  end
+  descriptor.asym = self.asym and 1 or 0
   return descriptor
 end
 
@@ -271,5 +273,7 @@ end
 
 ---One update step in place; see qparam_update.lua.
 function QParam.update(q, options) return require("quartermoon.qparam_update").update(q, options) end
+
+check.methods("qm.QParam", QParam, { new = true, quantize = true, update = true, descriptor = true })
 
 return M

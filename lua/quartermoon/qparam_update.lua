@@ -47,6 +47,7 @@ local function check_options(name, q, options)
   if (o.exp_avg_s == nil) ~= (o.exp_avg_l == nil) then
     check.fail(name, o.exp_avg_s == nil and "exp_avg_s" or "exp_avg_l", "both moments, or neither", nil)
   end
+  if o.dtype ~= nil then check.type(name, "dtype", o.dtype, "string") end
   if o.dtype ~= nil and o.exp_avg_l ~= nil then
     check.desc(name, "exp_avg_l", o.exp_avg_l)
     if o.exp_avg_l.dtype ~= o.dtype then check.fail(name, "exp_avg_l", o.dtype .. " (dtype)", o.exp_avg_l) end

@@ -69,4 +69,7 @@ function M.rand(shape, options, low, high) return M.default:rand(shape, options,
 function M.randn(shape, options, mean, deviation) return M.default:randn(shape, options, mean, deviation) end
 
 M.Generator = Generator
+
+check.methods("qm.Generator", Generator)
+
 return M

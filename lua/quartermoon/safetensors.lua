@@ -221,4 +221,6 @@ function M.with(path, body)
   return close(pcall(body, file))
 end
 
+check.methods("qm.SafetensorsFile", File)
+
 return M

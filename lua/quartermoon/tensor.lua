@@ -22,7 +22,7 @@ Tensor.__index = Tensor
 
 local M = { Tensor = Tensor, scope = scopes.scope }
 
-local DTYPE, ELEMENT, DTYPE_SIZE, DTYPE_NAMES = dtypes.id, dtypes.element, dtypes.size, dtypes.names
+local DTYPE, DTYPE_SIZE, DTYPE_NAMES = dtypes.id, dtypes.size, dtypes.names
 M.dtype_size, M.dtype_id, M.dtype_name = DTYPE_SIZE, DTYPE, dtypes.name
 
 ---------------------------------------------------------------------------------------------------
@@ -144,7 +144,7 @@ local function from_writer(name, shape, options, write)
   local half = options.dtype == "f16" or options.dtype == "bf16"
   local host_dtype = half and "f32" or options.dtype
   local count = count_of(shape)
-  local buffer = ffi.new(ELEMENT[host_dtype] .. "[?]", math.max(count, 1))
+  local buffer = host_buffer.memory(name, host_dtype, count)
   write(buffer)
   local tensor = new(name, shape, { dtype = host_dtype, device = options.device })
   binding.check(lib.qm_write(tensor.desc, buffer, count * DTYPE_SIZE[host_dtype]), name, tensor)
@@ -245,6 +245,7 @@ function Tensor:zeros_like(dtype) return self:empty_like(dtype):fill(0) end
 
 function Tensor:alive(name)
   if self.storage == nil then
+    check.type("alive", "name", name, "string")
     binding.raise(name .. ": this tensor was freed (by :free(), the end of its scope, or backward(); "
       .. ":keep() prevents the last two)")
   end
@@ -313,6 +314,7 @@ end
 ---Refuse to overwrite what the tape may still need.
 function Tensor:writable(name)
   if self:alive(name).node then
+    check.type("writable", "name", name, "string")
     binding.raise(name .. ": this tensor is on the gradient tape, which may still need its value: change a :clone(), "
       .. "or compute it under qm.no_grad")
   end
@@ -377,5 +379,6 @@ end
 
 -- Reading values back and printing them: tensor_read.lua.
 for name, method in pairs(require("quartermoon.tensor_read")) do Tensor[name] = method end
+check.methods("qm.Tensor", Tensor)
 
 return M

@@ -20,7 +20,7 @@ function Reading:host()
   local source = self
   if self.dtype == "f16" or self.dtype == "bf16" then source = self:to("f32") end
   local count = self:count()
-  local buffer = ffi.new(dtypes.element[source.dtype] .. "[?]", math.max(count, 1))
+  local buffer = host_buffer.memory("host", source.dtype, count)
   binding.check(lib.qm_read(source.desc, buffer, count * dtypes.size[source.dtype]), "host")
   if source ~= self then source:free() end
   return buffer, count

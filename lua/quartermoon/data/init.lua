@@ -8,6 +8,7 @@
 local check = require("quartermoon.check")
 local random = require("quartermoon.random")
 local tensors = require("quartermoon.tensor")
+local Base = require("quartermoon.tokenizer.base")
 local tokenizers = require("quartermoon.tokenizer")
 local cache = require("quartermoon.data.cache")
 
@@ -67,6 +68,8 @@ function M.open(source, options)
   check.number(name, "held_out", options.held_out, 0, 0.5)
   check.integer(name, "blocks", options.blocks, 1)
   local tokenizer, end_id = options.tokenizer, nil
+  if tokenizer then check.instance(name, "tokenizer", tokenizer, Base, "qm.Tokenizer") end
+  if options.cache_dir then check.type(name, "cache_dir", options.cache_dir, "string") end
   if options.delimiter ~= nil then
     if check.type(name, "delimiter", options.delimiter, "string") == "" then
       check.fail(name, "delimiter", "some text", "")
@@ -260,5 +263,9 @@ function Dataset:held_out(options)
     return make(maker, part, #part)
   end
 end
+
+check.methods("qm.Dataset", Dataset)
+
+check.methods("qm.Batches", Batches)
 
 return M

@@ -55,6 +55,7 @@ function M.generate(self, prompt, options)
     stop = check.optional, on_token = check.optional })
   check.number(name, "temperature", options.temperature, 0)
   if options.top_k then check.integer(name, "top_k", options.top_k, 1) end
+  if options.on_token then check.type(name, "on_token", options.on_token, "function") end
   if check.is_tensor(prompt) then prompt = prompt:totable() end
   check.type(name, "prompt", prompt, "table")
   if #prompt == 0 then check.fail(name, "prompt", "at least one token", prompt) end

@@ -229,12 +229,12 @@ end
 ---@param cache qm.nn.KeyValues[]  grows by R rows
 ---@return qm.Tensor        [1, vocab_size]
 function Llama:next_logits(tokens, cache)
-  if type(cache) ~= "table" or #cache ~= self.config.num_hidden_layers then
-    check.fail("model:next_logits", "cache", "what model:cache() gave", cache)
-  end
+  local name = "model:next_logits"
+  check.type(name, "cache", cache, "table")
+  for i = 1, self.config.num_hidden_layers do nn.check_key_values(name, "cache[" .. i .. "]", cache[i]) end
   return qm.no_grad(qm.scope, function()
-    local x = hidden_states(self, "model:next_logits", tokens, nil, cache)
-    return head(self, x:view_rows("model:next_logits", x.shape[1], 1))
+    local x = hidden_states(self, name, tokens, nil, cache)
+    return head(self, x:view_rows(name, x.shape[1], 1))
   end)
 end
 
@@ -253,5 +253,7 @@ end
 function Llama:summary()
   return ("%d layers of %d, %s activations"):format(self.config.num_hidden_layers, self.config.hidden_size, self.dtype)
 end
+
+check.methods("qm.models.Llama", Llama)
 
 return M

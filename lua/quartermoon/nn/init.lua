@@ -4,6 +4,8 @@
 ---    print(layer)                -- QLinear(256 -> 512, 4 bit, group 64): 131072 weights, 69.0 KiB
 ---    local y = layer(x)
 
+local check = require("quartermoon.check")
+
 local M = {}
 
 local module = require("quartermoon.nn.module")
@@ -12,6 +14,11 @@ M.is_module, M.is_quantized = module.is_module, module.is_quantized
 
 for _, part in ipairs({ "layers", "transformer" }) do
   for name, value in pairs(require("quartermoon.nn." .. part)) do M[name] = value end
+end
+for name, class in pairs(M) do
+  if type(class) == "table" and name ~= "Module" then
+    check.methods("qm.nn." .. name, class, { new = true, from = true })
+  end
 end
 
 return M

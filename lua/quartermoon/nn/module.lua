@@ -27,7 +27,7 @@ end
 
 ---A new, empty module of a class made with `class`.
 function M.create(class)
-  if type(class) ~= "table" or type(class.class_name) ~= "string" then
+  if type(class) ~= "table" or rawget(class, "__index") ~= class or not class.class_name then
     check.fail("qm.nn.create", "class", "a class of modules, made with qm.nn.class", class)
   end
   return setmetatable({ members = {} }, class)
@@ -189,6 +189,8 @@ function Module:__tostring()
   return table.concat(lines, "\n")
 end
 
+check.methods("qm.Module", Module)
+
 ---A list of modules: index it from 1; its names count from 0, as in published checkpoints.
 local List = M.class("List")
 M.List = List
@@ -196,7 +198,7 @@ M.List = List
 ---@param modules qm.Module[]|nil
 function List.new(modules)
   local self = M.create(List)
-  for _, module in ipairs(modules or {}) do self:append(module) end
+  for _, module in ipairs(check.type("qm.nn.List", "modules", modules or {}, "table")) do self:append(module) end
   return self
 end
 

@@ -27,6 +27,7 @@ KeyValues.__index = KeyValues
 
 ---@param rows_max integer
 function M.key_values(rows_max, heads, head_size, dtype, device)
+  check.integer("qm.nn.key_values", "rows_max", rows_max, 0)
   local shape, options = { rows_max, heads, head_size }, { dtype = dtype, device = device }
   return setmetatable({ length = 0, k = qm.empty(shape, options):keep(), v = qm.empty(shape, options):keep() },
     KeyValues)
@@ -51,6 +52,13 @@ function KeyValues:free()
   self.v:free()
 end
 
+check.methods("qm.nn.KeyValues", KeyValues)
+
+---Raise unless `value` is what qm.nn.key_values makes.
+function M.check_key_values(name, argument, value)
+  return check.instance(name, argument, value, KeyValues, "qm.nn.KeyValues")
+end
+
 ---------------------------------------------------------------------------------------------------
 
 ---Causal self-attention with rotary positions; several query heads may share one key head.
@@ -67,6 +75,7 @@ function Attention.new(options)
     kv_heads = check.optional, head_size = check.optional, linear = check.required, bias = false, qk_norm = false,
     eps = 1e-6, device = check.optional, generator = check.optional })
   local self = module.create(Attention)
+  check.type(name, "linear", options.linear, "function")
   local hidden = check.integer(name, "hidden_size", options.hidden_size, 1)
   self.heads = check.integer(name, "heads", options.heads, 1)
   self.kv_heads = check.integer(name, "kv_heads", options.kv_heads or self.heads, 1)
@@ -90,6 +99,7 @@ end
 
 ---Rows of `heads` vectors, normalised where the layer has a norm for them.
 function Attention:split(x, heads, norm)
+  check.desc("attention", "x", x)
   if norm then x = norm(x:reshape(x.shape[1] * heads, self.head_size)) end
   return x:reshape(x:count() / (heads * self.head_size), heads, self.head_size)
 end
@@ -99,6 +109,8 @@ end
 ---@param kept qm.nn.KeyValues|nil  earlier keys and values, for generation
 ---@return qm.Tensor   [R, hidden_size]
 function Attention:forward(x, context, kept)
+  check.type("attention", "context", context, "table")
+  if kept then M.check_key_values("attention", "kept", kept) end
   local q = self:split(self.q_proj(x), self.heads, self.q_norm)
   local k = self:split(self.k_proj(x), self.kv_heads, self.k_norm)
   local v = self:split(self.v_proj(x), self.kv_heads)
@@ -128,6 +140,7 @@ function SwiGLU.new(options)
   options = check.options(name, options, { hidden_size = check.required, intermediate_size = check.required,
     linear = check.required, bias = false, device = check.optional, generator = check.optional })
   local self = module.create(SwiGLU)
+  check.type(name, "linear", options.linear, "function")
   local hidden, inner = options.hidden_size, options.intermediate_size
   local more = { bias = options.bias, device = options.device, generator = options.generator }
   self:register("gate_proj", options.linear(hidden, inner, more))

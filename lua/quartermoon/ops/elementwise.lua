@@ -165,6 +165,7 @@ Tensor.__add, Tensor.__sub, Tensor.__mul, Tensor.__div = M.add, M.sub, M.mul, M.
 ---@param alpha number|nil    1
 ---@return qm.Tensor self
 function Tensor:add_(y, alpha)
+  check.desc("add_", "self", self)
   self:writable("add_")
   alpha = check.number("add_", "alpha", alpha or 1)
   if type(y) == "number" then
@@ -186,6 +187,7 @@ end
 ---@param y qm.Tensor|number  float, a shape that broadcasts to this one's
 ---@return qm.Tensor self
 function Tensor:mul_(y)
+  check.desc("mul_", "self", self)
   self:writable("mul_")
   if type(y) == "number" then
     binding.check(lib.qm_unary(C.QM_AFFINE, self.desc, self.desc, y, 0), "mul_")

@@ -1,9 +1,9 @@
 ---The transformer's layers: forward (one kernel call) next to backward.
 
-local ffi = require("ffi")
 local autograd = require("quartermoon.autograd")
 local binding = require("quartermoon.ffi")
 local check = require("quartermoon.check")
+local host_buffer = require("quartermoon.host_buffer")
 local tensors = require("quartermoon.tensor")
 local record, needs_grad = autograd.record, autograd.needs_grad
 local lib = binding.lib
@@ -154,7 +154,8 @@ function M.rope_tables(head_size, positions_max, theta, options)
   options = check.options(name, options, { device = check.optional, scaling = check.optional })
   local scaling = options.scaling and check_scaling(name, options.scaling)
   local half = head_size / 2
-  local cosines, sines = ffi.new("float[?]", positions_max * half), ffi.new("float[?]", positions_max * half)
+  local count = positions_max * half
+  local cosines, sines = host_buffer.memory(name, "f32", count), host_buffer.memory(name, "f32", count)
   for i = 0, half - 1 do
     local frequency = theta ^ (-2 * i / head_size)
     if scaling then frequency = stretch(frequency, scaling) end

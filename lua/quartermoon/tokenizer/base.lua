@@ -15,6 +15,7 @@ Base.__index = Base
 
 ---Finish a tokenizer of `plain` ordinary ids: give the special tokens the ids behind them.
 function Base.setup(self, name, plain, specials)
+  check.integer(name, "plain", plain, 0)
   self.specials, self.special_ids = {}, {}
   for i, word in ipairs(check.type(name, "specials", specials, "table")) do
     check.type(name, "specials", word, "string")
@@ -98,5 +99,7 @@ end
 
 function Base:describe() return ("qm.tokenizer %s, %d tokens"):format(self.kind, self.vocab_size) end
 Base.__tostring = Base.describe
+
+check.methods("qm.Tokenizer", Base, { check_into = true, setup = true })
 
 return Base

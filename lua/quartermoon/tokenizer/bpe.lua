@@ -83,4 +83,6 @@ function Bpe:encode_into(text, buffer, at)
   return at
 end
 
+check.methods("qm.Tokenizer", Bpe)
+
 return M

@@ -1,5 +1,6 @@
 ---The tokenizer that needs no training: a token is a byte.
 
+local check = require("quartermoon.check")
 local Base = require("quartermoon.tokenizer.base")
 
 local Byte = setmetatable({}, { __index = Base })
@@ -22,5 +23,7 @@ function Byte.encode_into(_, text, buffer, at)
   for i = 1, #text do buffer[at + i - 1] = text:byte(i) end
   return at + #text
 end
+
+check.methods("qm.Tokenizer", Byte)
 
 return M
