@@ -3,6 +3,7 @@
 
 local ffi = require("ffi")
 local check = require("quartermoon.check")
+local dtypes = require("quartermoon.dtypes")
 
 local M = {}
 
@@ -11,7 +12,7 @@ local rooms = setmetatable({}, { __mode = "k" }) -- { type, elements } of every 
 
 ---Zeroed memory for `count` elements, and no protection. LuaJIT makes objects of less than 2 GiB.
 function M.memory(name, dtype, count)
-  if count * ffi.sizeof(ELEMENT[dtype]) >= 2 ^ 31 then
+  if count * dtypes.size[dtype] >= 2 ^ 31 then
     check.fail(name, "count", "less than 2 GiB of " .. dtype .. " in host memory", count)
   end
   return ffi.new(ELEMENT[dtype] .. "[?]", math.max(count, 1))

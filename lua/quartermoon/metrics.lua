@@ -87,6 +87,7 @@ end
 ---@raise when the disk is full, naming the file
 function Metrics:write(record)
   local line = encode(check.type("metrics:write", "record", record, "table"))
+  if not self.file then binding.raise("metrics:write: " .. self.path .. " is closed") end
   local ok, reason = self.file:write(line)
   if ok then ok, reason = self.file:flush() end
   if not ok then binding.raise(("metrics:write: %s: %s"):format(self.path, reason)) end

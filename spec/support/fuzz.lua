@@ -217,7 +217,7 @@ local function judge(path, is_fair, ok, ...)
   if ok then
     for i = 1, math.min(select("#", ...), 4) do
       local result = select(i, ...)
-      if type(result) == "table" and not is_fair then broken[result] = true end
+      if type(result) == "table" and not is_fair and not rawget(result, "handle") then broken[result] = true end
       remember(result)
     end
     return

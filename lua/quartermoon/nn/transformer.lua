@@ -99,7 +99,8 @@ end
 
 ---Rows of `heads` vectors, normalised where the layer has a norm for them.
 function Attention:split(x, heads, norm)
-  check.desc("attention", "x", x)
+  check.desc("attention:split", "x", x)
+  check.integer("attention:split", "heads", heads, 1)
   if norm then x = norm(x:reshape(x.shape[1] * heads, self.head_size)) end
   return x:reshape(x:count() / (heads * self.head_size), heads, self.head_size)
 end
