@@ -84,7 +84,6 @@ for _, level in ipairs(levels) do
   defines { "QM_CPU_LEVEL=" .. level[1] }
 end
 part("reference", "kernels/reference/*.c")
-part("unfinished", "kernels/unfinished/*.c") -- TEMPORARY
 
 project "quartermoon"
   kind "SharedLib"
