@@ -1,5 +1,4 @@
-/* elementwise.c - unary and binary operations and accumulation: operands checked, then dispatched.
-** */
+/* elementwise.c - unary, binary and accumulating operations: operands checked, then dispatched. */
 #include "internal.h"
 
 int32_t qm_unary(int32_t op, const qm_tensor *x, const qm_tensor *out, double p0, double p1) {

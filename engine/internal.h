@@ -71,8 +71,8 @@ struct qm_storage {
 
 enum { QM__OPERANDS_MAX = 16, QM__SIZES_MAX = 48, QM__NAME_MAX = 16 };
 
-/* How a call uses an operand. WRITE must not overlap any other operand; IN_PLACE may be exactly
-** another operand, for kernels that read an element before they write it. */
+/* How a call uses an operand. WRITE must not overlap any other operand; IN_PLACE may be exactly one
+** that is read, for kernels that read an element before they write it. */
 typedef enum qm__use { QM__READ, QM__WRITE, QM__IN_PLACE } qm__use;
 
 /* The state of one call's checks. The first failure wins and turns the rest into nothing, so a
@@ -151,8 +151,7 @@ int32_t qm__profile_book(const char *kernel, double started, int32_t status);
 
 /* ---- safetensors.c, safetensors_writer.c ---- */
 
-/* A file's element types, as its header names them; dtype -1 where no tensor of ours can hold it.
-** */
+/* An element type as a file's header names it; dtype -1 where no tensor of ours can hold it. */
 typedef struct qm__file_type {
   const char *name;
   int32_t dtype;

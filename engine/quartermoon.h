@@ -170,10 +170,8 @@ int32_t qm_binary(int32_t op, const qm_tensor *a, const qm_tensor *b, const qm_t
 /* out = alpha x + beta out; same shape, float, types may differ. */
 int32_t qm_accumulate(const qm_tensor *x, const qm_tensor *out, double alpha, double beta);
 /* Reduce dimension dim (from 0) of x in a fixed order; in out it has size 1, or is left out. Sums
-** run
-** in f64 in the reference. x float, out float; ARGMAX: out i32, from 0, the first of equals. MAX
-** and
-** MIN of a NaN are NaN, and ARGMAX finds the first. */
+** run in f64 in the reference. x float, out float; ARGMAX: out i32, from 0, the first of equals.
+** MAX and MIN of a NaN are NaN, and ARGMAX finds the first. */
 enum { QM_SUM = 0, QM_MEAN = 1, QM_MAX = 2, QM_MIN = 3, QM_ARGMAX = 4, QM_REDUCE_COUNT = 5 };
 int32_t qm_reduce(int32_t op, const qm_tensor *x, const qm_tensor *out, int32_t dim);
 /* out += (accumulate != 0) the sum of squares of all of x; out f32 []. The sum of a tensor with a

@@ -2,9 +2,9 @@
 **
 ** Nearest rounding drops every step below half a code; weight decay is ignored; zeros move at every
 ** fifth step: asym by the truncated group mean of zero + a u, without the factor 1 / scale,
-** wrapping
-** modulo 2^w_bit and after the codes were packed with the old ones; sym by a mean(u), before
-** packing.
+** wrapping modulo 2^w_bit and after the codes were packed with the old ones; sym by a mean(u),
+** before packing.
+**
 ** Where the original cannot run (symmetric with g_idx, no q_perm, no g_idx, uneven groups) this is
 ** the same mathematics. f32 arithmetic; each operation rounds to T, the moments' type (the
 ** direction's, where no moments are given). Group means are summed in double.

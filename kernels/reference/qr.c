@@ -1,8 +1,8 @@
 /* qr.c - the orthonormal factor of the thin QR decomposition, by Householder reflections.
-** Source: Golub and Van Loan, Matrix Computations, 4th edition, algorithms 5.2.1 and 5.1.6. Signs
-** as
-** LAPACK has them: a reflection takes its column to the far side of the origin, and a column that
-** needs none is left alone. The factor is orthonormal whatever the rank of a.
+** Source: Golub and Van Loan, Matrix Computations, 4th edition, algorithms 5.2.1 and 5.1.6.
+**
+** Signs as LAPACK has them: a reflection takes its column to the far side of the origin, and a
+** column that needs none is left alone. The factor is orthonormal whatever the rank of a.
 */
 #include <stdlib.h>
 

@@ -17,8 +17,7 @@ extern const qm_host *qm_reference_host;
 extern const qm_kernels qm_reference_kernels;
 
 /* Values that lie in device memory, checked by host backends before they index with them: offsets
-** of
-** packed sequences ascend from 0 to rows, targets are classes, positions stand in the table. */
+** of packed sequences ascend from 0 to rows, targets are classes, positions stand in the table. */
 int32_t qm_reference_check_offsets(const char *name, const qm_array *offsets, int64_t rows);
 int32_t qm_reference_check_finite(const char *name, const qm_array *x);
 int32_t qm_reference_check_targets(const qm_cross_entropy_args *args);

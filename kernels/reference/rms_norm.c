@@ -1,6 +1,6 @@
-/* rms_norm.c - root mean square normalisation and its gradient. Source: Zhang and Sennrich, arXiv
-** 1910.07467. With a residual, the sum that the next residual connection needs is formed on the
-** way. */
+/* rms_norm.c - root mean square normalisation and its gradient.
+** Source: Zhang and Sennrich, arXiv 1910.07467. With a residual, the sum that the next residual
+** connection needs is formed on the way. */
 #include "reference.h"
 
 int32_t qm_reference_rms_norm(void *context, const qm_rms_norm_args *args) {
@@ -29,8 +29,7 @@ int32_t qm_reference_rms_norm(void *context, const qm_rms_norm_args *args) {
   return QM_OK;
 }
 
-/* With y = x rstd and g = dout weight: dx = rstd (g - y mean(g y)) + dsum, dweight = sum_r dout y.
-** */
+/* y = x rstd, g = dout weight: dx = rstd (g - y mean(g y)) + dsum, dweight += dout y over rows. */
 int32_t qm_reference_rms_norm_backward(void *context, const qm_rms_norm_backward_args *args) {
   (void)context;
   const int32_t dtype = args->sum.dtype, weight_dtype = args->weight.dtype;

@@ -1,5 +1,5 @@
-/* rope.c - rotary position embedding, halves rotated as Llama does. Source: Su et al., arXiv
-** 2104.09864. */
+/* rope.c - rotary position embedding, halves rotated as Llama does.
+** Source: Su et al., arXiv 2104.09864. */
 #include "reference.h"
 
 int32_t qm_reference_check_positions(const qm_rope_args *args) {

@@ -1,6 +1,5 @@
 /* svd.c - thin singular value decomposition by one-sided Jacobi rotations, in f64.
-** Source: Hestenes, J. SIAM 6 (1958); rotations as in Golub and Van Loan, 4th edition, section
-** 8.6.3.
+** Source: Hestenes, J. SIAM 6 (1958); rotations as in Golub and Van Loan, 4th edition, 8.6.3.
 **
 ** Columns of w (a, or its transpose where a is wide) are turned pairwise until all are orthogonal:
 ** then w = u diag(s), and v has gathered the turns.
@@ -64,8 +63,7 @@ static void sort(const work *k) {
 }
 
 /* Make column p a unit vector orthogonal to those before it: its own direction, or, where the
-** matrix
-** has no such rank, what is left of some axis. */
+** matrix has no such rank, what is left of some axis. */
 static void normalize(const work *k, int64_t p) {
   double *x = k->w + p * k->rows;
   const int ranked = k->s[p] > 1e-14 * k->s[0] && k->s[p] > 0.0;

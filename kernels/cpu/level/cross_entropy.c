@@ -2,8 +2,8 @@
 **
 ** Reference: kernels/reference/cross_entropy.c, within the rounding of exp and of f32 sums.
 ** Cost:      two passes over a row; the second, for the gradient, finds it in the second-level
-** cache
-**            (128k columns of bf16 are 256 KiB). Two exps an element: cheaper than storing one.
+**            cache (128k columns of bf16 are 256 KiB). Two exps an element cost less than storing
+**            one.
 */
 #include "vector.h"
 
@@ -24,20 +24,6 @@ static inline float exp_below(float x) {
   return scaled < -126.0f ? 0.0f : p * power;
 }
 
-/* The largest of x and `most`; NaN does not count. Side by side in lanes, because not every
-** compiler vectorizes a maximum of floats. */
-static inline float largest(const float *x, int64_t n, float most) {
-  enum { LANES = 32 };
-  float lanes[LANES];
-  for (int l = 0; l < LANES; l++) lanes[l] = most;
-  int64_t j = 0;
-  for (; j + LANES <= n; j += LANES)
-    for (int l = 0; l < LANES; l++) lanes[l] = x[j + l] > lanes[l] ? x[j + l] : lanes[l];
-  for (; j < n; j++) most = x[j] > most ? x[j] : most;
-  for (int l = 0; l < LANES; l++) most = lanes[l] > most ? lanes[l] : most;
-  return most;
-}
-
 typedef struct statistics {
   float most; /* the row's largest logit, -inf for a row of those */
   double sum; /* of exp(x - most) */
@@ -50,7 +36,7 @@ static statistics row_statistics(const void *logits, int32_t dtype, int64_t row,
   for (int64_t i = 0; i < columns; i += QM_BLOCK) {
     const int64_t n = QM_MIN(QM_BLOCK, columns - i);
     qm_expand(x, logits, dtype, row + i, n);
-    const float most = largest(x, n, s.most);
+    const float here = qm_largest(x, n), most = here > s.most ? here : s.most;
     /* While all are -inf, their distance from 0 stands for that from the largest: exp is 0. */
     const float shift = most == -INFINITY ? 0.0f : most;
     float sum = 0.0f;

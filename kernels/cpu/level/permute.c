@@ -1,5 +1,4 @@
-/* permute.c - dimensions in another order. Reference: index.c there, equal to the bit. Memory
-** bound.
+/* permute.c - dimensions in another order. Reference: index.c there. Memory bound.
 **
 ** Where the last dimension stays last, runs of it are copied. Else it changes places with the one
 ** that is contiguous in x, in tiles that stay in the first-level cache. */
