@@ -19,11 +19,16 @@ typedef struct qm_adam_numbers {
   float decay; /* lr * weight_decay */
 } qm_adam_numbers;
 
-static inline qm_adam_numbers qm_adam_prepare(const qm_adam *adam) {
+/* The learning rate a with its bias correction. */
+static inline float qm_adam_rate(const qm_adam *adam) {
   const double step = (double)adam->step;
   const double correction =
       adam->correct_bias == 0 ? 1.0
                               : sqrt(1.0 - pow(adam->beta2, step)) / (1.0 - pow(adam->beta1, step));
+  return (float)(adam->lr * correction);
+}
+
+static inline qm_adam_numbers qm_adam_prepare(const qm_adam *adam) {
   const qm_adam_numbers numbers = {
       .beta1 = (float)adam->beta1,
       .rest1 = (float)(1.0 - adam->beta1),
@@ -31,7 +36,7 @@ static inline qm_adam_numbers qm_adam_prepare(const qm_adam *adam) {
       .rest2 = (float)(1.0 - adam->beta2),
       .eps = (float)adam->eps,
       .grad_scale = (float)adam->grad_scale,
-      .rate = (float)(adam->lr * correction),
+      .rate = qm_adam_rate(adam),
       .decay = (float)(adam->lr * adam->weight_decay),
   };
   return numbers;

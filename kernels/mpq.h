@@ -11,6 +11,7 @@
 #include <float.h>
 #include <math.h>
 
+#include "adam.h"
 #include "backend.h"
 #include "dtype.h"
 #include "philox.h"
@@ -151,7 +152,6 @@ typedef struct qm_mpq_step {
 
 static inline qm_mpq_step qm_mpq_step_of(const qm_adam *adam, int32_t feedback) {
   const double step = (double)adam->step;
-  const double correction1 = adam->correct_bias ? 1.0 - pow(adam->beta1, step) : 1.0;
   const double correction2 = adam->correct_bias ? sqrt(1.0 - pow(adam->beta2, step)) : 1.0;
   const double next1 = adam->correct_bias ? 1.0 - pow(adam->beta1, step + 1.0) : 1.0;
   double inject = 0.0;
@@ -164,7 +164,7 @@ static inline qm_mpq_step qm_mpq_step_of(const qm_adam *adam, int32_t feedback) 
       .one_minus_beta2 = (float)(1.0 - adam->beta2),
       .eps = (float)adam->eps,
       .grad_scale = (float)adam->grad_scale,
-      .rate = (float)(adam->lr * correction2 / correction1),
+      .rate = qm_adam_rate(adam),
       .decay = (float)(adam->lr * adam->weight_decay),
       .inject = (float)inject,
   };

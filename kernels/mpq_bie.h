@@ -15,9 +15,6 @@ typedef struct qm_bie_step {
 
 static inline qm_bie_step qm_bie_step_of(const qm_mpq_update_bie_args *args) {
   const qm_adam *adam = &args->adam;
-  const double t = (double)adam->step;
-  const double correction =
-      adam->correct_bias ? sqrt(1.0 - pow(adam->beta2, t)) / (1.0 - pow(adam->beta1, t)) : 1.0;
   const int32_t dtype = args->exp_avg.data != NULL ? args->exp_avg.dtype : args->grad.dtype;
   return (qm_bie_step){
       .args = args,
@@ -28,7 +25,7 @@ static inline qm_bie_step qm_bie_step_of(const qm_mpq_update_bie_args *args) {
       .beta2 = (float)adam->beta2,
       .one_minus_beta2 = (float)(1.0 - adam->beta2),
       .eps = (float)adam->eps,
-      .rate = (float)(adam->lr * correction),
+      .rate = qm_adam_rate(adam),
   };
 }
 
