@@ -3,6 +3,7 @@
 ---fields, so a model is taken apart by indexing: `model.model.layers[1].self_attn.q_proj.weight`.
 
 local check = require("quartermoon.check")
+local QParam = require("quartermoon.qparam").QParam
 local raise = require("quartermoon.ffi").raise
 
 local M = {}
@@ -34,7 +35,9 @@ function M.create(class)
 end
 
 ---A parameter that is quantized, rather than a tensor or a module?
-local function is_quantized(value) return type(value) == "table" and rawget(value, "w_bit") ~= nil end
+local function is_quantized(value)
+  return type(value) == "table" and rawget(value, "w_bit") ~= nil and getmetatable(value) == QParam
+end
 M.is_quantized = is_quantized
 
 local function is_module(value) return type(value) == "table" and rawget(value, "members") ~= nil end
