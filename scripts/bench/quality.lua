@@ -19,7 +19,7 @@ local o = qm.options.parse(arg, {
   { "tune_steps", 500, "steps of fine-tuning" },
   { "seeds", 3, "runs of each row, averaged" },
   { "lr", 3e-3, "peak learning rate from scratch" },
-  { "tune_lr", 3e-4, "peak learning rate of the blocks in fine-tuning" },
+  { "tune_lr", 7e-4, "peak learning rate of the blocks in fine-tuning" },
   { "out", "runs/quality", "folder for the pictures" },
 })
 
@@ -39,13 +39,16 @@ local SCRATCH = {
   low_bit("4-bit stochastic", 4, { feedback = "none" }),
   low_bit("4-bit nearest", 4, { feedback = "none", rounding = "nearest" }),
 }
+-- A given weight has no reason to lie evenly around zero: the symmetric form's zeros are not integers
+-- and fit it better.
+local function tuned_from(row) row.linear.asym = false return row end
 local TUNE = {
-  { name = "frozen", linear = { kind = "mpq", w_bit = 4, group_size = 64 }, frozen = true },
+  tuned_from({ name = "frozen", linear = { kind = "mpq", w_bit = 4, group_size = 64 }, frozen = true }),
   DENSE,
-  low_bit("4-bit stochastic", 4, { feedback = "none" }),
-  low_bit("4-bit momentum feedback", 4, { feedback = "momentum" }),
-  low_bit("4-bit residual, 8 bits", 4, { feedback = "residual" }),
-  low_bit("4-bit nearest", 4, { feedback = "none", rounding = "nearest" }),
+  tuned_from(low_bit("4-bit stochastic", 4, { feedback = "none" })),
+  tuned_from(low_bit("4-bit momentum feedback", 4, { feedback = "momentum" })),
+  tuned_from(low_bit("4-bit residual, 8 bits", 4, { feedback = "residual" })),
+  tuned_from(low_bit("4-bit nearest", 4, { feedback = "none", rounding = "nearest" })),
 }
 
 ---Is this one of the weights inside the blocks, which rows treat differently?

@@ -9,8 +9,8 @@ local qm = require("quartermoon")
 
 local steps = tonumber(arg[1]) or 12
 local BATCH, CONTEXT = 16, 256
-local CONFIG = { vocab_size = 1024, hidden_size = 384, intermediate_size = 1024, num_hidden_layers = 4,
-  num_attention_heads = 6, num_key_value_heads = 2, max_position_embeddings = CONTEXT, tie_word_embeddings = true }
+local CONFIG = { vocab_size = 1024, hidden_size = 512, intermediate_size = 1408, num_hidden_layers = 4,
+  num_attention_heads = 8, num_key_value_heads = 2, max_position_embeddings = CONTEXT, tie_word_embeddings = true }
 local COMPUTE = { "gemm", "attention", "attention_backward" }
 
 local function measure(linear)
