@@ -1,4 +1,5 @@
 local qm = require("quartermoon")
+local host_buffer = require("quartermoon.host_buffer")
 
 local device = assert(qm.device(os.getenv("QM_DEVICE") or "cpu"))
 local function live() return device:memory().live_bytes end
@@ -63,6 +64,29 @@ describe("reading back", function()
     assert.error_matches(function() x:item() end, "item: argument 'self': expected a tensor of one element", 1, true)
   end)
 
+  -- The bits that LuaJIT has for nil, false and true are negative NaNs of an f32 or bf16.
+  it("gives a number for any bits, NaNs with a payload too", function()
+    local function is_nan(value) assert.is_true(type(value) == "number" and value ~= value) end
+    for _, case in ipairs({ { "i32", "f32", 65536 }, { "i16", "bf16", 1 } }) do
+      local bits = { -4 * case[3], -8 * case[3], -12 * case[3], -64 * case[3], -128 * case[3], 0 }
+      qm.scope(function()
+        local y = qm.tensor(bits, { dtype = case[1] }):reinterpret(case[2], #bits)
+        local values = y:totable()
+        for i = 1, 4 do
+          is_nan(values[i])
+          is_nan(y:at(i))
+          is_nan(y:view_rows("spec", i, 1):item())
+        end
+        assert.same({ -math.huge, 0 }, { values[5], values[6] })
+        assert.matches("\n +%-?nan +%-?nan +%-?nan +%-?nan +%-inf +0$", tostring(y))
+        if case[2] == "bf16" then return end -- read_elements gives the elements as they are
+        local buffer = host_buffer.new("f32", 4)
+        y:read_elements(1, 4, buffer)
+        for i = 0, 3 do is_nan(buffer[i]) end
+      end)
+    end
+  end)
+
   it("prints a header and the first rows", function()
     assert.equal("qm.Tensor f32 [2, 3]", tostring(x):match("^[^\n]*"):match("^qm.Tensor f32 %[2, 3%]"))
     assert.matches("\n +1 +2 +3\n +4 +5 +6$", tostring(x))
@@ -111,6 +135,11 @@ describe("copies and views", function()
 end)
 
 describe("memory", function()
+  before_each(function() -- what earlier specs dropped must not come back in the middle of one
+    collectgarbage()
+    collectgarbage()
+  end)
+
   it("comes back with :free(), views and twice included", function()
     local before, handles = live(), qm.handles_live()
     local x = qm.zeros({ 1000, 10 })

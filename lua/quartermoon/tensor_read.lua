@@ -10,11 +10,25 @@ local lib = binding.lib
 ---@class qm.Tensor
 local Reading = {}
 
+local MINUS_INFINITY, NAN = -0x800000, -0x400000 -- an f32's bits, as an integer
+
 ---------------------------------------------------------------------------------------------------
 -- Reading back
 ---------------------------------------------------------------------------------------------------
 
----The elements in host memory as cdata, and their count. 16-bit floats come as f32.
+---Give negative NaNs the bits of Lua's own. LuaJIT keeps every other value's type in negative NaNs,
+---and takes numbers out of memory as they are: one of these would be a string or a table at any
+---address, and the collector would crash on it.
+local function tame_nans(buffer, count, dtype)
+  if dtype ~= "f32" then return end
+  local bits = ffi.cast("int32_t *", buffer)
+  for i = 0, count - 1 do
+    if bits[i] > MINUS_INFINITY and bits[i] < 0 then bits[i] = NAN end
+  end
+end
+
+---The elements in host memory as cdata, and their count. 16-bit floats come as f32, and a NaN without
+---its payload.
 function Reading:host()
   self:alive("host")
   local source = self
@@ -22,6 +36,7 @@ function Reading:host()
   local count = self:count()
   local buffer = host_buffer.memory("host", source.dtype, count)
   binding.check(lib.qm_read(source.desc, buffer, count * dtypes.size[source.dtype]), "host")
+  tame_nans(buffer, count, source.dtype)
   if source ~= self then source:free() end
   return buffer, count
 end
@@ -48,6 +63,7 @@ function Reading:read_elements(first, length, buffer)
   window.storage, window.dtype, window.ndim = self.storage, self.desc.dtype, 1
   window.offset_bytes, window.shape[0] = self.desc.offset_bytes + (first - 1) * size, length
   binding.check(lib.qm_read(window, buffer, length * size), name)
+  tame_nans(buffer, length, self.dtype)
 end
 
 local function nest(buffer, shape, depth, at)
