@@ -67,6 +67,7 @@ describe("the prompt", function()
     local output = process.run(("%s | HOME=%s TERM=xterm timeout 20 script -qec %s /dev/null"):format(
       keys, folder, process.quote(QUARTERMOON)))
     remove()
+    if output:find("failed to create pseudo-terminal", 1, true) then return pending("no pseudo-terminals here") end
     assert(output:find("type(qm.swiglu", 1, true), output)
     assert.truthy(output:find("\"function\"", 1, true))
     assert(output:find("interrupted", 1, true), output)
