@@ -68,6 +68,8 @@ typedef struct qm_noise {
   uint32_t step;
   uint32_t stream; /* which use within the step; the engine's own uses are QM_STREAM_* */
 } qm_noise;
+/* A word of EXP_AVG rounds both bf16 moments of its element: the low half exp_avg, the high half
+** exp_avg_sq. EXP_AVG_SQ is not drawn from. */
 enum { QM_STREAM_CODES = 0, QM_STREAM_EXP_AVG = 1, QM_STREAM_EXP_AVG_SQ = 2, QM_STREAM_WEIGHT = 3,
        QM_STREAM_USER = 16 };
 

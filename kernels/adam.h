@@ -9,7 +9,7 @@
 
 #include <math.h>
 
-#include "quartermoon.h"
+#include "philox.h"
 
 typedef struct qm_adam_numbers {
   float beta1, rest1; /* rest1 = 1 - beta1 */
@@ -41,5 +41,11 @@ static inline qm_adam_numbers qm_adam_prepare(const qm_adam *adam) {
   };
   return numbers;
 }
+
+/* Random bits of bf16 moments. Rounding to bf16 discards 16 bits and wants as many random ones: one
+** word of the element, of stream QM_STREAM_EXP_AVG, serves both moments. exp_avg takes the low half
+** and exp_avg_sq the high half, also where the other is f32. Both results are 16 bits. */
+QM_INLINE uint32_t qm_exp_avg_bits(uint32_t word) { return word & 0xFFFFu; }
+QM_INLINE uint32_t qm_exp_avg_sq_bits(uint32_t word) { return word >> 16; }
 
 #endif

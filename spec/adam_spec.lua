@@ -1,4 +1,5 @@
 local qm = require("quartermoon")
+local mpq = require("spec.support.mpq")
 local testing = require("spec.support.testing")
 
 ---Adam in Lua numbers (f64), on lists.
@@ -79,6 +80,24 @@ describe("qm.adamw", function()
     for _, value in ipairs(w:totable()) do sum = sum + value end
     -- One weight's variance is at most 64 * (unit/64) * unit: a standard error of unit / sqrt(count).
     assert.near(1 - unit, sum / count, 5 * unit / math.sqrt(count))
+  end)
+
+  it("rounds both bf16 moments of an element with the halves of one word", function()
+    for _, device in ipairs({ "reference", testing.device }) do
+      for _, types in ipairs({ { "bf16", "bf16" }, { "f32", "bf16" }, { "bf16", "f32" } }) do
+        local g = qm.randn({ 999 }, { device = device })
+        local m, v = qm.zeros({ 999 }, { device = device, dtype = types[1] }),
+          qm.zeros({ 999 }, { device = device, dtype = types[2] })
+        qm.adamw(g:zeros_like(), g, m, v, { step = 6, lr = 1, beta1 = 0.5, beta2 = 0.75, seed = 8, parameter = 9 })
+        local gradients, first, second = g:totable(), m:totable(), v:totable()
+        for i, gradient in ipairs(gradients) do -- 0.5 g is exact, 0.25 g g rounds once
+          local f32_m, f32_v = 0.5 * gradient, mpq.f32(0.25 * gradient * gradient)
+          local bf16_m, bf16_v = mpq.moments_to_bf16(f32_m, f32_v, 8, 9, 6, 1, i - 1)
+          assert.equal(types[1] == "f32" and f32_m or bf16_m, first[i])
+          assert.equal(types[2] == "f32" and f32_v or bf16_v, second[i])
+        end
+      end
+    end
   end)
 
   it("draws other bits for another parameter and another step", function()

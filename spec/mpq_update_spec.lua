@@ -33,8 +33,11 @@ describe("qm.QParam.update", function()
     { feedback = "residual", rounding = "stochastic", residual_bits = 4 },
     { feedback = "residual", rounding = "nearest", residual_bits = 8 },
     { feedback = "momentum", rounding = "stochastic", correct_bias = false },
+    { feedback = "momentum", rounding = "stochastic", dtype = "bf16" },
+    { feedback = "none", rounding = "nearest", dtype = "bf16" },
   }) do
-    it(("derives every integer and moment as plain Lua does: %s, %s"):format(case.feedback, case.rounding), function()
+    it(("derives every integer and moment as plain Lua does: %s, %s, %s"):format(case.feedback, case.rounding,
+      case.dtype or "f32"), function()
       local moved = 0
       for w_bit = 0, 3 do
         for _, asym in ipairs({ true, false }) do
@@ -44,6 +47,7 @@ describe("qm.QParam.update", function()
             mpq.permutation(k) or nil, g_idx = asym and mpq.random_groups(k, 2) or nil })
           local grad, m, v = state(k, n)
           local o = step_options(case)
+          if o.dtype then m, v = m:to(o.dtype), v:to(o.dtype) end
           o.residual_bits = nil
           local codes, first, second, residuals, counts =
             mpq.update(q, grad:totable(), m:totable(), v:totable(), o)

@@ -6,12 +6,16 @@
 
 /* Store a state: bf16 goes up or down with the probability that keeps its expected value, for
 ** rounded to nearest, v with beta2 = 0.999 would stop moving. */
-static void store(const qm_array *out, int64_t i, float x, qm_noise noise, uint32_t stream) {
-  noise.stream = stream;
+static void store(const qm_array *out, int64_t i, float x, uint32_t random) {
   if (out->dtype == QM_BF16)
-    ((uint16_t *)out->data)[i] = qm_to_bf16_stochastic(x, qm_bits(&noise, (uint64_t)i));
+    ((uint16_t *)out->data)[i] = qm_to_bf16_stochastic(x, random);
   else
     ((float *)out->data)[i] = x;
+}
+
+static uint32_t random_bits(qm_noise noise, uint32_t stream, int64_t i) {
+  noise.stream = stream;
+  return qm_bits(&noise, (uint64_t)i);
 }
 
 /* Advance both moments of element i; returns the direction u. */
@@ -20,8 +24,9 @@ static float advance(const qm_array *grad, const qm_array *exp_avg, const qm_arr
   const float g = c->grad_scale * qm_load(grad->data, grad->dtype, i);
   const float m = c->beta1 * qm_load(exp_avg->data, exp_avg->dtype, i) + c->rest1 * g;
   const float v = c->beta2 * qm_load(exp_avg_sq->data, exp_avg_sq->dtype, i) + c->rest2 * g * g;
-  store(exp_avg, i, m, *noise, QM_STREAM_EXP_AVG);
-  store(exp_avg_sq, i, v, *noise, QM_STREAM_EXP_AVG_SQ);
+  const uint32_t random = random_bits(*noise, QM_STREAM_EXP_AVG, i);
+  store(exp_avg, i, m, qm_exp_avg_bits(random));
+  store(exp_avg_sq, i, v, qm_exp_avg_sq_bits(random));
   return m / (sqrtf(v) + c->eps);
 }
 
@@ -32,7 +37,8 @@ int32_t qm_reference_adamw(void *context, const qm_adamw_args *args) {
     const float u =
         advance(&args->grad, &args->exp_avg, &args->exp_avg_sq, i, &c, &args->adam.noise);
     const float w = qm_load(args->param.data, args->param.dtype, i);
-    store(&args->param, i, w - c.rate * u - c.decay * w, args->adam.noise, QM_STREAM_WEIGHT);
+    store(&args->param, i, w - c.rate * u - c.decay * w,
+          random_bits(args->adam.noise, QM_STREAM_WEIGHT, i));
   }
   return QM_OK;
 }

@@ -9,7 +9,8 @@
 **   momentum:   e = scale (q + d - q') after clamping;
 **               m -= (1 - beta1) / beta1 (1 - beta1^(t+1)) / lr_(t+1) D / sqrt(1 - beta2^t) e
 ** Source: Adam with decoupled decay, arXiv 1711.05101; momentum feedback (ECO), arXiv 2601.22101.
-** Random bits: element p * N + n (packed row p) of streams CODES, EXP_AVG and EXP_AVG_SQ.
+** Random bits: element p * N + n (packed row p) of streams CODES and, for bf16 moments, EXP_AVG,
+**              one word for both (see qm_exp_avg_bits).
 ** No operation here is fused, so that every device gives the same integers and moments.
 */
 #include "mpq.h"
@@ -32,14 +33,11 @@ static float limit(float x) {
   return x < -QM_MPQ_MOVE_MAX ? -QM_MPQ_MOVE_MAX : x > QM_MPQ_MOVE_MAX ? QM_MPQ_MOVE_MAX : x;
 }
 
-static void store_moment(const qm_array *moment, int64_t i, float x, const qm_noise *noise,
-                         uint32_t stream, uint64_t element) {
-  if (moment->dtype == QM_BF16) {
-    const qm_noise bits = qm_mpq_noise(noise, stream);
-    ((uint16_t *)moment->data)[i] = qm_to_bf16_stochastic(x, qm_bits(&bits, element));
-  } else {
+static void store_moment(const qm_array *moment, int64_t i, float x, uint32_t random) {
+  if (moment->dtype == QM_BF16)
+    ((uint16_t *)moment->data)[i] = qm_to_bf16_stochastic(x, random);
+  else
     ((float *)moment->data)[i] = x;
-  }
 }
 
 static void update_element(const qm_mpq_update_args *args, const qm_mpq_step *step,
@@ -97,8 +95,10 @@ static void update_element(const qm_mpq_update_args *args, const qm_mpq_step *st
     const float lost = inside ? scale * (move - (got - (float)start)) : 0.0f;
     next.m -= step->inject * next.denominator * lost;
   }
-  store_moment(&args->exp_avg, at, next.m, noise, QM_STREAM_EXP_AVG, element);
-  store_moment(&args->exp_avg_sq, at, next.v, noise, QM_STREAM_EXP_AVG_SQ, element);
+  const qm_noise moment_noise = qm_mpq_noise(noise, QM_STREAM_EXP_AVG);
+  const uint32_t random = qm_bits(&moment_noise, element);
+  store_moment(&args->exp_avg, at, next.m, qm_exp_avg_bits(random));
+  store_moment(&args->exp_avg_sq, at, next.v, qm_exp_avg_sq_bits(random));
 }
 
 int32_t qm_reference_mpq_update(void *context, const qm_mpq_update_args *args) {

@@ -63,6 +63,20 @@ function M.random_bits(seed, parameter, step, stream, element)
 end
 function M.uniform(...) return math.floor(M.random_bits(...) / 256) / 2 ^ 24 end
 
+---An f32 number as bf16, away from 0 where `random`, 16 bits, exceeds what its low half leaves of 2^16.
+local both = ffi.new("union { float number; uint32_t bits; }")
+function M.to_bf16(x, random)
+  both.number = x
+  both.bits = bit.band(both.bits + random, 0xFFFF0000) % 2 ^ 32
+  return tonumber(both.number)
+end
+
+---Both moments of one element as bf16: one word of stream 1, its low half for the first.
+function M.moments_to_bf16(m, v, ...)
+  local word = M.random_bits(...)
+  return M.to_bf16(m, word % 65536), M.to_bf16(v, math.floor(word / 65536))
+end
+
 ---Nearest integer, halves to even.
 function M.round(x)
   local low = math.floor(x)
@@ -107,7 +121,7 @@ function M.place(q, p)
   return (q.g_idx and q.g_idx:at(feature + 1) or math.floor((p - 1) / q.group_size)) + 1, feature + 1
 end
 
----One step in plain Lua with f32 moments. o: the options of QParam.update, all given.
+---One step in plain Lua, moments of o.dtype. o: the options of QParam.update, all given.
 ---@return table codes, table m, table v, table|nil residuals, table health
 function M.update(q, grad, m, v, o)
   local scales, zeros, codes = q.scales:totable(), M.zero_points(q), q:unpack():totable()
@@ -154,6 +168,10 @@ function M.update(q, grad, m, v, o)
           local inside = target >= lowest and target <= highest
           local lost = inside and f32(scale * f32(move - (got - start))) or 0
           first = f32(first - f32(f32(inject * denominator) * lost))
+        end
+        if o.dtype == "bf16" then
+          local element = (p - 1) * q.shape[2] + n - 1
+          first, second = M.moments_to_bf16(first, second, o.seed, q.id, t, 1, element)
         end
         m[k][n], v[k][n] = first, second
       end

@@ -4,7 +4,7 @@
 ** Reference: kernels/reference/mpq_update.c, equal bit for bit (IEEE sqrt and divide, no
 **            contraction, the same random bits).
 ** Cost:      4 bits, f32 moments and gradient: reads 12.5 and writes 8.5 bytes an element, memory
-**            bound; bf16 moments move 8.5 bytes less and draw two more random words.
+**            bound; bf16 moments move 8.5 bytes less and draw one more random word.
 */
 #include "mpq_block.h"
 #include "noise.h"
@@ -158,13 +158,18 @@ static float *f32_row(const qm_array *x, int64_t at, int64_t count, float *buffe
   return buffer;
 }
 
-static void store_bf16(const update_call *call, update_block *block, const qm_array *moment,
-                       const float *restrict x, uint32_t stream, int64_t at, int64_t element) {
-  const qm_noise noise = qm_mpq_noise(&call->args->options.adam.noise, stream);
+static void store_bf16(const update_call *call, update_block *block, int64_t at, int64_t element) {
+  const qm_mpq_update_args *args = call->args;
+  const qm_noise noise = qm_mpq_noise(&args->options.adam.noise, QM_STREAM_EXP_AVG);
   const uint32_t *restrict random = block->random;
-  uint16_t *restrict out = (uint16_t *)moment->data + at;
+  const float *restrict m = block->m, *restrict v = block->v;
+  uint16_t *restrict m_out = (uint16_t *)args->exp_avg.data + at;
+  uint16_t *restrict v_out = (uint16_t *)args->exp_avg_sq.data + at;
   qm_noise_words(block->random, &noise, (uint64_t)element, block->grid.count);
-  for (int64_t j = 0; j < block->grid.count; j++) out[j] = qm_to_bf16_stochastic(x[j], random[j]);
+  for (int64_t j = 0; j < block->grid.count; j++) {
+    m_out[j] = qm_to_bf16_stochastic(m[j], qm_exp_avg_bits(random[j]));
+    v_out[j] = qm_to_bf16_stochastic(v[j], qm_exp_avg_sq_bits(random[j]));
+  }
 }
 
 /* Ask for the cache lines of x that elements at .. at + count - 1 of a row lie in. */
@@ -216,10 +221,7 @@ static void update_row_at(const update_call *call, update_block *block, int64_t 
     draw(call, block, element, next);
   }
   choose_step(call, block, &row, counts);
-  if (call->half_moments) {
-    store_bf16(call, block, &args->exp_avg, block->m, QM_STREAM_EXP_AVG, at, element);
-    store_bf16(call, block, &args->exp_avg_sq, block->v, QM_STREAM_EXP_AVG_SQ, at, element);
-  }
+  if (call->half_moments) store_bf16(call, block, at, element);
 }
 
 static update_counts update_rows(const update_call *call, int64_t first_row, int64_t end_row,
