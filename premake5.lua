@@ -3,8 +3,9 @@
 --   premake5 gmake                        (or Debian's: premake4 --file=premake5.lua gmake)
 --   make -C build/make config=release     (or debug, asan; CC=clang works too)
 --
--- One shared library comes out: build/<config>/libquartermoon.so, the engine with the reference and
--- the CPU kernels. The CPU kernels are compiled once per instruction-set level and chosen at run time.
+-- build/<config>/libquartermoon.so is the engine with the reference and the CPU kernels, which are
+-- compiled once per instruction-set level and chosen at run time. Neither premake knows nvcc, so for
+-- build/<config>/libquartermoon_cuda.so a makefile is written here: make -f build/make/cuda.make
 
 -- Premake 5 says workspace and filter, 4.3 says solution and configuration.
 local is_premake5 = filter ~= nil
@@ -92,3 +93,5 @@ project "quartermoon"
   links { "dnnl", "lapacke", "jansson", "dl", "m" }
   -- nodelete: Lua may drop the library before the last finalizer that calls it has run.
   linkoptions { "-Wl,--no-undefined", "-Wl,-z,nodelete", "-Wl,-soname,libquartermoon.so." .. abi_version() }
+
+assert(loadfile("kernels/cuda/premake.lua"))()

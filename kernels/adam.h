@@ -9,6 +9,7 @@
 
 #include <math.h>
 
+#include "inline.h"
 #include "philox.h"
 
 typedef struct qm_adam_numbers {
@@ -20,7 +21,7 @@ typedef struct qm_adam_numbers {
 } qm_adam_numbers;
 
 /* The learning rate a with its bias correction. */
-static inline float qm_adam_rate(const qm_adam *adam) {
+QM_INLINE float qm_adam_rate(const qm_adam *adam) {
   const double step = (double)adam->step;
   const double correction =
       adam->correct_bias == 0 ? 1.0
@@ -28,7 +29,7 @@ static inline float qm_adam_rate(const qm_adam *adam) {
   return (float)(adam->lr * correction);
 }
 
-static inline qm_adam_numbers qm_adam_prepare(const qm_adam *adam) {
+QM_INLINE qm_adam_numbers qm_adam_prepare(const qm_adam *adam) {
   const qm_adam_numbers numbers = {
       .beta1 = (float)adam->beta1,
       .rest1 = (float)(1.0 - adam->beta1),

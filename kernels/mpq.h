@@ -55,11 +55,11 @@ QM_INLINE void qm_mpq_set_zero_point(const qm_mpq_view *q, int64_t g, int64_t n,
   *word = (*word & ~(qm_mpq_mask(q->w_bit) << shift)) | field << shift;
 }
 
-static inline float qm_mpq_scale(const qm_mpq_view *q, int64_t g, int64_t n) {
+QM_INLINE float qm_mpq_scale(const qm_mpq_view *q, int64_t g, int64_t n) {
   return qm_load(q->scales.data, q->scales.dtype, g * q->n + n);
 }
 /* asym: the zero point; sym: the product zero. */
-static inline float qm_mpq_zero(const qm_mpq_view *q, int64_t g, int64_t n) {
+QM_INLINE float qm_mpq_zero(const qm_mpq_view *q, int64_t g, int64_t n) {
   return q->asym ? (float)qm_mpq_zero_point(q, g, n)
                  : qm_load(q->zeros.data, q->zeros.dtype, g * q->n + n);
 }
@@ -67,11 +67,11 @@ static inline float qm_mpq_zero(const qm_mpq_view *q, int64_t g, int64_t n) {
 /* ---- codes and weights ---- */
 
 /* asym: scale (code - zero); sym: code scale - zero, rounded once. `code` may carry a residual. */
-static inline float qm_mpq_decode(int32_t asym, float code, float scale, float zero) {
+QM_INLINE float qm_mpq_decode(int32_t asym, float code, float scale, float zero) {
   return asym ? scale * (code - zero) : fmaf(code, scale, -zero);
 }
 /* Where on the grid a weight lies, in codes. */
-static inline float qm_mpq_encode(int32_t asym, float w, float scale, float zero) {
+QM_INLINE float qm_mpq_encode(int32_t asym, float w, float scale, float zero) {
   return asym ? w / scale + zero : (w + zero) / scale;
 }
 
@@ -101,8 +101,8 @@ typedef struct qm_mpq_grid {
 } qm_mpq_grid;
 
 /* The grid whose ends are lo and hi. No scale is 0 or infinite, whatever comes. */
-static inline qm_mpq_grid qm_mpq_grid_of(float lo, float hi, int32_t w_bit, int32_t asym,
-                                         int32_t dtype) {
+QM_INLINE qm_mpq_grid qm_mpq_grid_of(float lo, float hi, int32_t w_bit, int32_t asym,
+                                     int32_t dtype) {
   const float top = (float)qm_mpq_mask(w_bit), constant = fabsf(hi) > 0.0f ? fabsf(hi) : 1e-5f;
   const float largest = dtype == QM_F16 ? 65504.0f : 0x1.FEp127f; /* f32 and bf16 hold it */
   qm_mpq_grid grid;
@@ -122,21 +122,21 @@ static inline qm_mpq_grid qm_mpq_grid_of(float lo, float hi, int32_t w_bit, int3
 }
 /* The same with the span between lo and hi multiplied by `factor`: around 0 for asym, whose grid
 ** holds 0, around the middle for sym. */
-static inline qm_mpq_grid qm_mpq_grid_scaled(float lo, float hi, float factor, int32_t w_bit,
-                                             int32_t asym, int32_t dtype) {
+QM_INLINE qm_mpq_grid qm_mpq_grid_scaled(float lo, float hi, float factor, int32_t w_bit,
+                                         int32_t asym, int32_t dtype) {
   if (asym) return qm_mpq_grid_of(lo * factor, hi * factor, w_bit, asym, dtype);
   const float middle = 0.5f * lo + 0.5f * hi, half = (0.5f * hi - 0.5f * lo) * factor;
   return qm_mpq_grid_of(middle - half, middle + half, w_bit, asym, dtype);
 }
 /* What w loses on the grid, to compare grids with. */
-static inline float qm_mpq_grid_error(float w, qm_mpq_grid grid, float top, int32_t asym) {
+QM_INLINE float qm_mpq_grid_error(float w, qm_mpq_grid grid, float top, int32_t asym) {
   const float y = rintf(qm_mpq_encode(asym, w, grid.scale, grid.zero));
   const float code = y > 0.0f ? (y < top ? y : top) : 0.0f;
   return w - (asym ? grid.scale * (code - grid.zero) : code * grid.scale - grid.zero);
 }
 /* QM_FIT_MSE tries the spans 1, 0.98, ... 0.2 times minmax's. */
 enum { QM_MPQ_FIT_TRIES = 41 };
-static inline float qm_mpq_fit_factor(double range, int32_t attempt) {
+QM_INLINE float qm_mpq_fit_factor(double range, int32_t attempt) {
   return (float)(range * (1.0 - 0.02 * attempt));
 }
 
@@ -150,7 +150,7 @@ typedef struct qm_mpq_step {
   float inject; /* momentum feedback: the moment's share of D * e, or 0 */
 } qm_mpq_step;
 
-static inline qm_mpq_step qm_mpq_step_of(const qm_adam *adam, int32_t feedback) {
+QM_INLINE qm_mpq_step qm_mpq_step_of(const qm_adam *adam, int32_t feedback) {
   const double step = (double)adam->step;
   const double correction2 = adam->correct_bias ? sqrt(1.0 - pow(adam->beta2, step)) : 1.0;
   const double next1 = adam->correct_bias ? 1.0 - pow(adam->beta1, step + 1.0) : 1.0;
@@ -172,10 +172,10 @@ static inline qm_mpq_step qm_mpq_step_of(const qm_adam *adam, int32_t feedback) 
 
 /* Group g, column n in code units: rate / scale, and the zero point (sym: zero / scale). A scale of
 ** 0 decodes every code alike; its codes rest. */
-static inline float qm_mpq_step_rate(float rate, float scale) {
+QM_INLINE float qm_mpq_step_rate(float rate, float scale) {
   return scale == 0.0f ? 0.0f : rate / scale;
 }
-static inline float qm_mpq_step_zero(int32_t asym, float scale, float zero) {
+QM_INLINE float qm_mpq_step_zero(int32_t asym, float scale, float zero) {
   return asym ? zero : scale == 0.0f ? 0.0f : zero / scale;
 }
 /* Moves beyond this many steps leave every grid; the bound keeps all sums exact integers in f32. */

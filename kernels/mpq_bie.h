@@ -13,7 +13,7 @@ typedef struct qm_bie_step {
   float beta1, one_minus_beta1, beta2, one_minus_beta2, eps, rate;
 } qm_bie_step;
 
-static inline qm_bie_step qm_bie_step_of(const qm_mpq_update_bie_args *args) {
+QM_INLINE qm_bie_step qm_bie_step_of(const qm_mpq_update_bie_args *args) {
   const qm_adam *adam = &args->adam;
   const int32_t dtype = args->exp_avg.data != NULL ? args->exp_avg.dtype : args->grad.dtype;
   return (qm_bie_step){
@@ -30,7 +30,7 @@ static inline qm_bie_step qm_bie_step_of(const qm_mpq_update_bie_args *args) {
 }
 
 /* Move the moments of one element; the direction u. */
-static inline float qm_bie_direction(const qm_bie_step *step, int64_t at) {
+QM_INLINE float qm_bie_direction(const qm_bie_step *step, int64_t at) {
   const qm_mpq_update_bie_args *args = step->args;
   const int32_t type = step->dtype;
   const float grad = qm_load(args->grad.data, args->grad.dtype, at);
@@ -47,14 +47,14 @@ static inline float qm_bie_direction(const qm_bie_step *step, int64_t at) {
 }
 
 /* The weight as the original unpacks it: a number of the scales' type, then of T. */
-static inline float qm_bie_decode(const qm_bie_step *step, float code, float scale, float zero) {
+QM_INLINE float qm_bie_decode(const qm_bie_step *step, float code, float scale, float zero) {
   const qm_mpq_view *q = &step->args->q;
   const int32_t dtype = q->scales.dtype;
   const float w = q->asym ? scale * (code - zero) : qm_round_to(dtype, code * scale) - zero;
   return qm_round_to(step->dtype, qm_round_to(dtype, w));
 }
 
-static inline uint32_t qm_bie_encode(const qm_bie_step *step, float w, float scale, float zero) {
+QM_INLINE uint32_t qm_bie_encode(const qm_bie_step *step, float w, float scale, float zero) {
   const qm_mpq_view *q = &step->args->q;
   const int32_t type = step->pack_dtype;
   const float y = q->asym ? qm_round_to(type, qm_round_to(type, w / scale) + zero)
@@ -64,13 +64,13 @@ static inline uint32_t qm_bie_encode(const qm_bie_step *step, float w, float sca
 }
 
 /* What a row adds to its group's mean: u (sym) or zero + a u (asym). */
-static inline float qm_bie_mean_term(const qm_bie_step *step, float u, float zero) {
+QM_INLINE float qm_bie_mean_term(const qm_bie_step *step, float u, float zero) {
   return step->args->q.asym ? qm_round_to(step->dtype, zero + step->rate * u) : u;
 }
 
 /* Move group g's zero of column n by the mean. asym: toward zero, wrapping modulo 2^w_bit. */
-static inline void qm_bie_move_zero(const qm_bie_step *step, int64_t g, int64_t n, double sum,
-                                    int64_t count) {
+QM_INLINE void qm_bie_move_zero(const qm_bie_step *step, int64_t g, int64_t n, double sum,
+                                int64_t count) {
   const qm_mpq_view *q = &step->args->q;
   if (count == 0) return;
   const float mean = qm_round_to(step->dtype, (float)(sum / (double)count));

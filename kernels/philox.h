@@ -7,13 +7,8 @@
 #ifndef QM_PHILOX_H
 #define QM_PHILOX_H
 
+#include "inline.h"
 #include "quartermoon.h"
-
-#ifdef __CUDACC__
-#define QM_INLINE static __host__ __device__ __forceinline__
-#else
-#define QM_INLINE static inline
-#endif
 
 QM_INLINE void qm_philox(const qm_noise *noise, uint64_t block, uint32_t out[4]) {
   uint32_t key0 = noise->seed, key1 = noise->parameter;

@@ -1,0 +1,36 @@
+-- premake.lua - the CUDA backend's part of premake5.lua: writes build/make/cuda.make.
+-- $QM_CUDA_ARCHS narrows what is compiled for ("90a" halves the time).
+local nvcc_options = {
+  "-std=c++20", "-O3", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra", "-Werror=all-warnings",
+  "-fmad=false", -- as -ffp-contract=off elsewhere
+  "-Iengine", "-Ikernels", "-Ikernels/cuda", "-cudart=static",
+}
+for arch in (os.getenv("QM_CUDA_ARCHS") or "80 90a ptx90"):gmatch("%S+") do
+  local ptx = arch:match("^ptx(.*)")
+  nvcc_options[#nvcc_options + 1] = ("-gencode=arch=compute_%s,code=%s_%s"):format(ptx or arch,
+    ptx and "compute" or "sm", ptx or arch)
+end
+local makefile = [[
+config ?= release
+NVCC ?= nvcc
+out := build/$(config)
+objects := $(patsubst kernels/cuda/%.cu,$(out)/cuda/%.o,$(wildcard kernels/cuda/*.cu))
+$(out)/libquartermoon_cuda.so: $(objects)
+	@echo Linking quartermoon_cuda
+	@$(NVCC) -shared OPTIONS -o $@ $^ -lcublasLt -lcublas -lcusolver -Xlinker=-z,nodelete
+$(out)/cuda/%.o: kernels/cuda/%.cu build/make/cuda.make
+	@mkdir -p $(@D)
+	@echo $(notdir $<)
+	@$(NVCC) OPTIONS -MMD -c -o $@ $<
+-include $(objects:.o=.d)
+]]
+os.execute("mkdir -p build/make")
+local file = io.open("build/make/cuda.make", "r")
+local before = file and file:read("*a")
+if file then file:close() end
+makefile = makefile:gsub("OPTIONS", table.concat(nvcc_options, " "))
+if makefile ~= before then -- a new date would compile everything again
+  file = io.open("build/make/cuda.make", "w")
+  file:write(makefile)
+  file:close()
+end
