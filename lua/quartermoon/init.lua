@@ -54,6 +54,9 @@ return setmetatable(qm, { __modules = MODULES, __index = function(_, key)
   elseif key == "profile" then
     rawset(qm, key, require("quartermoon.profile").profile)
     return qm.profile
+  elseif key == "graph" then
+    rawset(qm, key, require("quartermoon.graph").graph)
+    return qm.graph
   elseif key == "QParam" then
     rawset(qm, key, require("quartermoon.qparam").QParam)
     return qm.QParam
