@@ -40,6 +40,8 @@ int32_t qm_attention(const qm_tensor *q, const qm_tensor *k, const qm_tensor *v,
   args.head_size = qm__size(&call, "D");
   args.rows_q = qm__size(&call, "RQ");
   args.rows_k = qm__size(&call, "RK");
+  args.stride_q = args.heads * args.head_size;
+  args.stride_k = args.stride_v = args.kv_heads * args.head_size;
   args.options = *options;
   return QM__DISPATCH(call, attention, &args);
 }
@@ -70,6 +72,8 @@ int32_t qm_attention_backward(const qm_tensor *dout, const qm_tensor *q, const q
   args.head_size = qm__size(&call, "D");
   args.rows_q = qm__size(&call, "RQ");
   args.rows_k = qm__size(&call, "RK");
+  args.stride_q = args.heads * args.head_size;
+  args.stride_k = args.stride_v = args.kv_heads * args.head_size;
   args.options = *options;
   return QM__DISPATCH(call, attention_backward, &args);
 }

@@ -119,14 +119,20 @@ typedef struct qm_swiglu_args {
 typedef struct qm_swiglu_backward_args {
   qm_array dout, gate, up, dgate, dup;
 } qm_swiglu_backward_args;
+/* stride_q, _k, _v: elements from one row of q (and dq), of k (and dk), of v (and dv) to the next,
+** heads standing side by side within a row. H * D, HK * D and HK * D where each is a tensor of its
+** own; (H + 2 HK) * D for all where they are slices of one fused projection [R, H + 2 HK, D]: take
+** a row's place from these and never from shape. out, dout and lse always stand alone. */
 typedef struct qm_attention_args {
   qm_array q, k, v, cu_q, cu_k, out, lse;
   int64_t sequences, heads, kv_heads, head_size, rows_q, rows_k;
+  int64_t stride_q, stride_k, stride_v;
   qm_attention_options options;
 } qm_attention_args;
 typedef struct qm_attention_backward_args {
   qm_array dout, q, k, v, out, lse, cu_q, cu_k, dq, dk, dv;
   int64_t sequences, heads, kv_heads, head_size, rows_q, rows_k;
+  int64_t stride_q, stride_k, stride_v;
   qm_attention_options options;
 } qm_attention_backward_args;
 typedef struct qm_cross_entropy_args {
