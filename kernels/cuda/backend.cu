@@ -188,6 +188,8 @@ extern "C" __attribute__((visibility("default"))) const qm_backend *qm_backend_e
   backend.read = read_bytes;
   backend.sync = sync;
   qm_kernels *kernels = &backend.kernels;
+  kernels->attention = qm_cuda_attention;
+  kernels->attention_backward = qm_cuda_attention_backward;
   kernels->fill = qm_cuda_fill;
   kernels->swiglu = qm_cuda_swiglu;
   kernels->swiglu_backward = qm_cuda_swiglu_backward;
