@@ -142,12 +142,13 @@ typedef struct qm_cross_entropy_args {
   int32_t ignore_index;
 } qm_cross_entropy_args;
 
+/* live and scale of the optimizer steps: what adam points to; see kernels/adam.h. */
 typedef struct qm_adamw_args {
-  qm_array param, grad, exp_avg, exp_avg_sq;
+  qm_array param, grad, exp_avg, exp_avg_sq, live, scale;
   qm_adam adam;
 } qm_adamw_args;
 typedef struct qm_adam_direction_args {
-  qm_array grad, exp_avg, exp_avg_sq, update;
+  qm_array grad, exp_avg, exp_avg_sq, update, live, scale;
   qm_adam adam;
 } qm_adam_direction_args;
 
@@ -185,12 +186,12 @@ typedef struct qm_mpq_prepare_args {
 } qm_mpq_prepare_args;
 typedef struct qm_mpq_update_args {
   qm_mpq_view q;
-  qm_array grad, exp_avg, exp_avg_sq, health;
+  qm_array grad, exp_avg, exp_avg_sq, health, live, scale;
   qm_mpq_update_options options;
 } qm_mpq_update_args;
 typedef struct qm_mpq_update_bie_args {
   qm_mpq_view q;
-  qm_array grad, exp_avg, exp_avg_sq;
+  qm_array grad, exp_avg, exp_avg_sq, live, scale;
   qm_adam adam;
 } qm_mpq_update_bie_args;
 

@@ -120,8 +120,11 @@ int32_t qm__unsupported(const qm__call *call, const char *kernel);
 
 /* ---- checks that several calls share ---- */
 
-/* optim.c: a step's numbers, checked; noise.step becomes the step. */
-qm_adam qm__adam(qm__call *call, const qm_adam *adam);
+/* optim.c: a step's numbers, checked, and the tensors they may come from. */
+qm_adam qm__adam(qm__call *call, const qm_adam *adam, qm_array *live, qm_array *scale);
+/* Both moments or neither; without them grad is the direction already. */
+void qm__moments(qm__call *call, const qm_tensor *exp_avg, const qm_tensor *exp_avg_sq,
+                 const char *spec_exp_avg, const char *spec_exp_avg_sq, qm_array *m, qm_array *v);
 /* mpq.c: every field of q, described in *view; binds K, N and G. codes_use says what the call does
 ** with data and residual, grid_use what it does with scales and zeros. */
 void qm__mpq(qm__call *call, const qm_mpq *q, qm__use codes_use, qm__use grid_use,

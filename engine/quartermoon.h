@@ -262,9 +262,18 @@ typedef struct qm_adam {
   int64_t step;
   int32_t correct_bias;
   qm_noise noise; /* its step and stream are set by the kernel's caller and the kernel */
+  /* Read when the kernel runs, so that a recorded call can be played again with other numbers. */
+  const qm_tensor *live;  /* i32 [16], a row that qm_adam_write wrote: then the fields above do not
+                             count; or NULL */
+  const qm_tensor *scale; /* f32 []: multiplies grad_scale (a direction u it leaves alone); NaN or
+                             infinite: the step changes nothing, its direction is 0; or NULL */
 } qm_adam;
+/* Work out the numbers of `count` steps, in one write to the device; their live and scale do not
+** count. live i32 [count, 16], each row one step's `live`. */
+int32_t qm_adam_write(const qm_adam *adams, int64_t count, const qm_tensor *live);
 /* Dense parameter: param f32 or bf16 (then rounded stochastically), grad float, moments f32 or
-** bf16; all of one shape. exp_avg is m, exp_avg_sq is v. arXiv 1711.05101. */
+** bf16; all of one shape. exp_avg is m, exp_avg_sq is v; both NULL: grad is the direction u already.
+** arXiv 1711.05101. */
 int32_t qm_adamw(const qm_tensor *param, const qm_tensor *grad, const qm_tensor *exp_avg,
                  const qm_tensor *exp_avg_sq, const qm_adam *adam);
 /* The direction alone, for projected gradients: moments as above, update = u; f32. */

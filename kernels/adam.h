@@ -2,45 +2,85 @@
 **
 ** Shared by the dense and the quantized steps, the reference, the CPU and CUDA, so that all of them
 ** round alike: multiply, add, divide and sqrt each round once, never contracted.
-** Source: Kingma and Ba, arXiv 1412.6980; decoupled decay: Loshchilov and Hutter, arXiv 1711.05101.
+** Source: Kingma and Ba, arXiv 1412.6980; decoupled decay: Loshchilov and Hutter, arXiv 1711.05101;
+**         momentum feedback: arXiv 2601.22101.
 */
 #ifndef QM_ADAM_H
 #define QM_ADAM_H
 
+#include <assert.h>
+#include <float.h>
 #include <math.h>
+#include <stddef.h>
 
 #include "inline.h"
 #include "philox.h"
 
+/* One row of what qm_adam_write writes. */
 typedef struct qm_adam_numbers {
-  float beta1, rest1; /* rest1 = 1 - beta1 */
-  float beta2, rest2;
-  float eps, grad_scale;
-  float rate;  /* a: the learning rate with its bias correction */
-  float decay; /* lr * weight_decay */
+  float beta1, one_minus_beta1, beta2, one_minus_beta2, eps;
+  float grad_scale; /* multiplies the gradient */
+  float rate;       /* a: the learning rate with its bias correction */
+  float decay;      /* lr * weight_decay */
+  float inject;     /* momentum feedback: the moment's share of D * e */
+  int32_t skip;     /* not 0: the call changes nothing */
+  qm_noise noise;   /* its stream is the kernel's */
+  int32_t unused[2];
 } qm_adam_numbers;
-
-/* The learning rate a with its bias correction. */
-QM_INLINE float qm_adam_rate(const qm_adam *adam) {
-  const double step = (double)adam->step;
-  const double correction =
-      adam->correct_bias == 0 ? 1.0
-                              : sqrt(1.0 - pow(adam->beta2, step)) / (1.0 - pow(adam->beta1, step));
-  return (float)(adam->lr * correction);
-}
+static_assert(sizeof(qm_adam_numbers) == 16 * sizeof(int32_t), "live is i32 [16]");
 
 QM_INLINE qm_adam_numbers qm_adam_prepare(const qm_adam *adam) {
-  const qm_adam_numbers numbers = {
-      .beta1 = (float)adam->beta1,
-      .rest1 = (float)(1.0 - adam->beta1),
-      .beta2 = (float)adam->beta2,
-      .rest2 = (float)(1.0 - adam->beta2),
-      .eps = (float)adam->eps,
-      .grad_scale = (float)adam->grad_scale,
-      .rate = qm_adam_rate(adam),
-      .decay = (float)(adam->lr * adam->weight_decay),
-  };
+  const double step = (double)adam->step;
+  const double correction2 = adam->correct_bias ? sqrt(1.0 - pow(adam->beta2, step)) : 1.0;
+  const double correction1 = adam->correct_bias ? 1.0 - pow(adam->beta1, step) : 1.0;
+  const double next1 = adam->correct_bias ? 1.0 - pow(adam->beta1, step + 1.0) : 1.0;
+  double inject = 0.0;
+  if (adam->beta1 > 0.0 && adam->lr_next > 0.0)
+    inject = (1.0 - adam->beta1) / adam->beta1 * next1 / adam->lr_next / correction2;
+  qm_adam_numbers numbers = {0};
+  numbers.beta1 = (float)adam->beta1;
+  numbers.one_minus_beta1 = (float)(1.0 - adam->beta1);
+  numbers.beta2 = (float)adam->beta2;
+  numbers.one_minus_beta2 = (float)(1.0 - adam->beta2);
+  numbers.eps = (float)adam->eps;
+  numbers.grad_scale = (float)adam->grad_scale;
+  numbers.rate = (float)(adam->lr * (correction2 / correction1));
+  numbers.decay = (float)(adam->lr * adam->weight_decay);
+  numbers.inject = (float)inject;
+  numbers.noise = adam->noise;
+  numbers.noise.step = (uint32_t)adam->step;
   return numbers;
+}
+
+/* Where a kernel finds its numbers: made on the host, read wherever the kernel runs. */
+typedef struct qm_adam_source {
+  qm_adam_numbers given;
+  const qm_adam_numbers *live; /* or NULL */
+  const float *scale;          /* or NULL */
+  int32_t is_direction;        /* what arrives is no gradient: scale only says whether to step */
+} qm_adam_source;
+
+QM_INLINE qm_adam_source qm_adam_source_of(const qm_adam *adam, const void *live, const void *scale,
+                                           int32_t is_direction) {
+  qm_adam_source source = {qm_adam_prepare(adam), (const qm_adam_numbers *)live,
+                           (const float *)scale, is_direction};
+  return source;
+}
+
+/* The numbers in force now; where `skip` is set, the kernel leaves everything as it is. */
+QM_INLINE qm_adam_numbers qm_adam_in_force(const qm_adam_source *source) {
+  qm_adam_numbers numbers = source->live != NULL ? *source->live : source->given;
+  if (source->scale == NULL) return numbers;
+  const float scale = *source->scale;
+  if (!(fabsf(scale) <= FLT_MAX)) numbers.skip = 1;
+  if (!source->is_direction) numbers.grad_scale *= scale;
+  return numbers;
+}
+
+QM_INLINE qm_noise qm_adam_noise(const qm_adam_numbers *numbers, uint32_t stream) {
+  qm_noise noise = numbers->noise;
+  noise.stream = stream;
+  return noise;
 }
 
 /* Random bits of bf16 moments. Rounding to bf16 discards 16 bits and wants as many random ones: one

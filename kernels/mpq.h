@@ -142,34 +142,6 @@ QM_INLINE float qm_mpq_fit_factor(double range, int32_t attempt) {
 
 /* ---- one update step ---- */
 
-/* The numbers of one call, worked out in double and rounded once. */
-typedef struct qm_mpq_step {
-  float beta1, one_minus_beta1, beta2, one_minus_beta2, eps, grad_scale;
-  float rate;   /* a: the learning rate with Adam's bias correction */
-  float decay;  /* lr * weight_decay */
-  float inject; /* momentum feedback: the moment's share of D * e, or 0 */
-} qm_mpq_step;
-
-QM_INLINE qm_mpq_step qm_mpq_step_of(const qm_adam *adam, int32_t feedback) {
-  const double step = (double)adam->step;
-  const double correction2 = adam->correct_bias ? sqrt(1.0 - pow(adam->beta2, step)) : 1.0;
-  const double next1 = adam->correct_bias ? 1.0 - pow(adam->beta1, step + 1.0) : 1.0;
-  double inject = 0.0;
-  if (feedback == QM_FEEDBACK_MOMENTUM && adam->lr_next > 0.0)
-    inject = (1.0 - adam->beta1) / adam->beta1 * next1 / adam->lr_next / correction2;
-  return (qm_mpq_step){
-      .beta1 = (float)adam->beta1,
-      .one_minus_beta1 = (float)(1.0 - adam->beta1),
-      .beta2 = (float)adam->beta2,
-      .one_minus_beta2 = (float)(1.0 - adam->beta2),
-      .eps = (float)adam->eps,
-      .grad_scale = (float)adam->grad_scale,
-      .rate = qm_adam_rate(adam),
-      .decay = (float)(adam->lr * adam->weight_decay),
-      .inject = (float)inject,
-  };
-}
-
 /* Group g, column n in code units: rate / scale, and the zero point (sym: zero / scale). A scale of
 ** 0 decodes every code alike; its codes rest. */
 QM_INLINE float qm_mpq_step_rate(float rate, float scale) {
@@ -180,11 +152,5 @@ QM_INLINE float qm_mpq_step_zero(int32_t asym, float scale, float zero) {
 }
 /* Moves beyond this many steps leave every grid; the bound keeps all sums exact integers in f32. */
 #define QM_MPQ_MOVE_MAX 1048576.0f
-
-QM_INLINE qm_noise qm_mpq_noise(const qm_noise *noise, uint32_t stream) {
-  qm_noise with_stream = *noise;
-  with_stream.stream = stream;
-  return with_stream;
-}
 
 #endif

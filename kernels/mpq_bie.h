@@ -10,39 +10,33 @@ typedef struct qm_bie_step {
   const qm_mpq_update_bie_args *args;
   int32_t dtype;      /* T */
   int32_t pack_dtype; /* promote(T, the scales' type) */
-  float beta1, one_minus_beta1, beta2, one_minus_beta2, eps, rate;
+  qm_adam_numbers numbers;
 } qm_bie_step;
 
-QM_INLINE qm_bie_step qm_bie_step_of(const qm_mpq_update_bie_args *args) {
-  const qm_adam *adam = &args->adam;
+/* The step with the numbers that qm_adam_in_force gave. */
+QM_INLINE qm_bie_step qm_bie_step_of(const qm_mpq_update_bie_args *args,
+                                     const qm_adam_numbers *numbers) {
   const int32_t dtype = args->exp_avg.data != NULL ? args->exp_avg.dtype : args->grad.dtype;
-  return (qm_bie_step){
-      .args = args,
-      .dtype = dtype,
-      .pack_dtype = dtype == args->q.scales.dtype ? dtype : QM_F32,
-      .beta1 = (float)adam->beta1,
-      .one_minus_beta1 = (float)(1.0 - adam->beta1),
-      .beta2 = (float)adam->beta2,
-      .one_minus_beta2 = (float)(1.0 - adam->beta2),
-      .eps = (float)adam->eps,
-      .rate = qm_adam_rate(adam),
-  };
+  const int32_t pack_dtype = dtype == args->q.scales.dtype ? dtype : QM_F32;
+  const qm_bie_step step = {args, dtype, pack_dtype, *numbers};
+  return step;
 }
 
 /* Move the moments of one element; the direction u. */
 QM_INLINE float qm_bie_direction(const qm_bie_step *step, int64_t at) {
   const qm_mpq_update_bie_args *args = step->args;
+  const qm_adam_numbers *c = &step->numbers;
   const int32_t type = step->dtype;
   const float grad = qm_load(args->grad.data, args->grad.dtype, at);
   if (args->exp_avg.data == NULL) return grad;
-  const float g = args->adam.grad_scale == 1.0 ? grad : grad * (float)args->adam.grad_scale;
-  float m = qm_round_to(type, step->beta1 * qm_load(args->exp_avg.data, type, at));
-  m = qm_round_to(type, m + step->one_minus_beta1 * g);
-  float v = qm_round_to(type, step->beta2 * qm_load(args->exp_avg_sq.data, type, at));
-  v = qm_round_to(type, v + step->one_minus_beta2 * g * g);
+  const float g = grad * c->grad_scale;
+  float m = qm_round_to(type, c->beta1 * qm_load(args->exp_avg.data, type, at));
+  m = qm_round_to(type, m + c->one_minus_beta1 * g);
+  float v = qm_round_to(type, c->beta2 * qm_load(args->exp_avg_sq.data, type, at));
+  v = qm_round_to(type, v + c->one_minus_beta2 * g * g);
   qm_store(args->exp_avg.data, type, at, m);
   qm_store(args->exp_avg_sq.data, type, at, v);
-  const float d = qm_round_to(type, qm_round_to(type, sqrtf(v)) + step->eps);
+  const float d = qm_round_to(type, qm_round_to(type, sqrtf(v)) + c->eps);
   return qm_round_to(type, m / d);
 }
 
@@ -65,7 +59,7 @@ QM_INLINE uint32_t qm_bie_encode(const qm_bie_step *step, float w, float scale, 
 
 /* What a row adds to its group's mean: u (sym) or zero + a u (asym). */
 QM_INLINE float qm_bie_mean_term(const qm_bie_step *step, float u, float zero) {
-  return step->args->q.asym ? qm_round_to(step->dtype, zero + step->rate * u) : u;
+  return step->args->q.asym ? qm_round_to(step->dtype, zero + step->numbers.rate * u) : u;
 }
 
 /* Move group g's zero of column n by the mean. asym: toward zero, wrapping modulo 2^w_bit. */
@@ -76,7 +70,7 @@ QM_INLINE void qm_bie_move_zero(const qm_bie_step *step, int64_t g, int64_t n, d
   const float mean = qm_round_to(step->dtype, (float)(sum / (double)count));
   if (!q->asym)
     qm_store(q->zeros.data, q->zeros.dtype, g * q->n + n,
-             qm_mpq_zero(q, g, n) + qm_round_to(step->dtype, step->rate * mean));
+             qm_mpq_zero(q, g, n) + qm_round_to(step->dtype, step->numbers.rate * mean));
   else if (fabsf(mean) < 0x1p62f)
     qm_mpq_set_zero_point(q, g, n, (int64_t)truncf(mean));
 }

@@ -68,6 +68,82 @@ describe("qm.adamw", function()
     end)
   end
 
+  describe("with numbers that lie on the device", function()
+    local steps = {
+      { step = 4, lr = 0.1, lr_next = 0.2, beta1 = 0.5, seed = 1, parameter = 2 },
+      { step = 7, lr = 0.01, weight_decay = 0.1, seed = 5, parameter = 3, grad_scale = 0.3 },
+    }
+    local function run(device, options, types)
+      local there = { device = device }
+      local generator = qm.generator(3)
+      local function random(dtype) return generator:rand({ 5, 777 }, there, 0.1, 2):to(dtype) end
+      local w, g, m, v = random(types), random("f32"), random(types), random(types)
+      qm.adamw(w, g, m, v, options)
+      return w, m, v, qm.adam_direction(g, m, v, options)
+    end
+
+    for _, device in ipairs({ "reference", testing.device }) do
+      it("gives the bits of the same numbers given outright, on " .. device, function()
+        local live = qm.zeros({ 2, 16 }, { dtype = "i32", device = device })
+        qm.adam_write(steps, live)
+        for row, options in ipairs(steps) do
+          for _, types in ipairs({ "f32", "bf16" }) do
+            local expected = { run(device, options, types) }
+            local actual = { run(device, { live = live:narrow(row, 1):reshape(16) }, types) }
+            for i = 1, 4 do testing.assert_equal(expected[i], actual[i]) end
+          end
+        end
+      end)
+
+      it("multiplies `scale` into the gradient's scale, on " .. device, function()
+        local scale = qm.full({}, 0.5, { device = device })
+        local given = { step = 7, lr = 0.01, grad_scale = 0.25 }
+        local expected = { run(device, { step = 7, lr = 0.01, grad_scale = 0.125 }, "f32") }
+        local live = qm.adam_write({ given }, qm.zeros({ 1, 16 }, { dtype = "i32", device = device }))
+        for _, options in ipairs({ { step = 7, lr = 0.01, grad_scale = 0.25, scale = scale },
+          { live = live:reshape(16), scale = scale } }) do
+          local actual = { run(device, options, "f32") }
+          for i = 1, 4 do testing.assert_equal(expected[i], actual[i]) end
+        end
+      end)
+
+      it("changes nothing where `scale` is not finite, on " .. device, function()
+        for _, value in ipairs({ 0 / 0, math.huge, -math.huge }) do
+          local scale = qm.full({}, value, { device = device })
+          local w, g = qm.ones({ 999 }, { device = device }), qm.randn({ 999 }, { device = device })
+          local m, v = qm.full({ 999 }, 2, { device = device }), qm.full({ 999 }, 3, { device = device })
+          local options = { step = 1, lr = 1, weight_decay = 1, scale = scale }
+          qm.adamw(w, g, m, v, options)
+          qm.adamw(w, g, nil, nil, options)
+          local direction = qm.adam_direction(g, m, v, options)
+          for tensor, expected in pairs({ [w] = 1, [m] = 2, [v] = 3, [direction] = 0 }) do
+            testing.assert_equal(qm.full({ 999 }, expected, { device = device }), tensor)
+          end
+        end
+      end)
+    end
+
+    it("says what does not fit", function()
+      local live = qm.zeros({ 2, 16 }, { dtype = "i32" })
+      assert.error_matches(function() qm.adam_write({ steps[1] }, live) end,
+        "qm.adam_write: argument 'live': expected i32 [count=1, 16], got i32 [2, 16]", 1, true)
+      assert.error_matches(function() qm.adam_write({ { step = 1, lr = 1, beta2 = 1 }, steps[1] }, live) end,
+        "argument 'betas': expected both in [0, 1), got 0.9 and 1", 1, true)
+      local w = qm.ones({ 3 })
+      assert.error_matches(function() qm.adamw(w, w:clone(), w:clone(), w:clone(), { live = live }) end,
+        "qm.adamw: argument 'live': expected i32 [16], got i32 [2, 16]", 1, true)
+      assert.error_matches(function() qm.adamw(w, w:clone(), w:clone(), nil, { step = 1, lr = 1 }) end,
+        "argument 'exp_avg_sq': expected both moments, or neither", 1, true)
+    end)
+  end)
+
+  it("takes a direction where there are no moments", function()
+    local w, u = qm.tensor({ 1, -2 }), qm.tensor({ 0.5, 4 })
+    qm.adamw(w, u, nil, nil, { step = 1, lr = 0.25, weight_decay = 0.5, correct_bias = false,
+      scale = qm.full({}, 3) }) -- scale leaves a direction alone
+    assert.same({ 1 - 0.125 - 0.125, -2 - 1 + 0.25 }, w:totable())
+  end)
+
   it("rounds bf16 so that the mean is exact: steps far below half a unit still add up", function()
     -- 4096 weights of 1 step by 1/64 of a bf16 unit (2^-8 below 1), 64 times: 1 unit on average.
     local count, unit = 4096, 2 ^ -8

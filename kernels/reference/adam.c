@@ -13,18 +13,20 @@ static void store(const qm_array *out, int64_t i, float x, uint32_t random) {
     ((float *)out->data)[i] = x;
 }
 
-static uint32_t random_bits(qm_noise noise, uint32_t stream, int64_t i) {
-  noise.stream = stream;
+static uint32_t random_bits(const qm_adam_numbers *c, uint32_t stream, int64_t i) {
+  const qm_noise noise = qm_adam_noise(c, stream);
   return qm_bits(&noise, (uint64_t)i);
 }
 
-/* Advance both moments of element i; returns the direction u. */
+/* Advance both moments of element i; returns the direction u, which is g where there are none. */
 static float advance(const qm_array *grad, const qm_array *exp_avg, const qm_array *exp_avg_sq,
-                     int64_t i, const qm_adam_numbers *c, const qm_noise *noise) {
+                     int64_t i, const qm_adam_numbers *c) {
   const float g = c->grad_scale * qm_load(grad->data, grad->dtype, i);
-  const float m = c->beta1 * qm_load(exp_avg->data, exp_avg->dtype, i) + c->rest1 * g;
-  const float v = c->beta2 * qm_load(exp_avg_sq->data, exp_avg_sq->dtype, i) + c->rest2 * g * g;
-  const uint32_t random = random_bits(*noise, QM_STREAM_EXP_AVG, i);
+  if (exp_avg->data == NULL) return g;
+  const float m = c->beta1 * qm_load(exp_avg->data, exp_avg->dtype, i) + c->one_minus_beta1 * g;
+  const float v =
+      c->beta2 * qm_load(exp_avg_sq->data, exp_avg_sq->dtype, i) + c->one_minus_beta2 * g * g;
+  const uint32_t random = random_bits(c, QM_STREAM_EXP_AVG, i);
   store(exp_avg, i, m, qm_exp_avg_bits(random));
   store(exp_avg_sq, i, v, qm_exp_avg_sq_bits(random));
   return m / (sqrtf(v) + c->eps);
@@ -32,22 +34,26 @@ static float advance(const qm_array *grad, const qm_array *exp_avg, const qm_arr
 
 int32_t qm_reference_adamw(void *context, const qm_adamw_args *args) {
   (void)context;
-  const qm_adam_numbers c = qm_adam_prepare(&args->adam);
+  const int32_t is_direction = args->exp_avg.data == NULL;
+  const qm_adam_source source =
+      qm_adam_source_of(&args->adam, args->live.data, args->scale.data, is_direction);
+  const qm_adam_numbers c = qm_adam_in_force(&source);
+  if (c.skip) return QM_OK;
   for (int64_t i = 0; i < args->param.count; i++) {
-    const float u =
-        advance(&args->grad, &args->exp_avg, &args->exp_avg_sq, i, &c, &args->adam.noise);
+    const float u = advance(&args->grad, &args->exp_avg, &args->exp_avg_sq, i, &c);
     const float w = qm_load(args->param.data, args->param.dtype, i);
-    store(&args->param, i, w - c.rate * u - c.decay * w,
-          random_bits(args->adam.noise, QM_STREAM_WEIGHT, i));
+    store(&args->param, i, w - c.rate * u - c.decay * w, random_bits(&c, QM_STREAM_WEIGHT, i));
   }
   return QM_OK;
 }
 
 int32_t qm_reference_adam_direction(void *context, const qm_adam_direction_args *args) {
   (void)context;
-  const qm_adam_numbers c = qm_adam_prepare(&args->adam);
+  const qm_adam_source source =
+      qm_adam_source_of(&args->adam, args->live.data, args->scale.data, 0);
+  const qm_adam_numbers c = qm_adam_in_force(&source);
   for (int64_t i = 0; i < args->update.count; i++)
     ((float *)args->update.data)[i] =
-        advance(&args->grad, &args->exp_avg, &args->exp_avg_sq, i, &c, &args->adam.noise);
+        c.skip ? 0.0f : advance(&args->grad, &args->exp_avg, &args->exp_avg_sq, i, &c);
   return QM_OK;
 }

@@ -20,7 +20,7 @@ typedef struct moments {
   float m, v, denominator;
 } moments;
 
-static moments advance(const qm_mpq_step *step, float m, float v, float g) {
+static moments advance(const qm_adam_numbers *step, float m, float v, float g) {
   moments next;
   next.m = step->beta1 * m + step->one_minus_beta1 * g;
   next.v = step->beta2 * v + step->one_minus_beta2 * g * g;
@@ -40,10 +40,9 @@ static void store_moment(const qm_array *moment, int64_t i, float x, uint32_t ra
     ((float *)moment->data)[i] = x;
 }
 
-static void update_element(const qm_mpq_update_args *args, const qm_mpq_step *step,
+static void update_element(const qm_mpq_update_args *args, const qm_adam_numbers *step,
                            const qm_mpq_span *span, int64_t p, int64_t n, int64_t health[4]) {
   const qm_mpq_view *q = &args->q;
-  const qm_noise *noise = &args->options.adam.noise;
   const int64_t at = qm_mpq_feature(q, p) * q->n + n, g = qm_mpq_group(q, p);
   const uint64_t element = (uint64_t)(p * q->n + n);
   const float scale = qm_mpq_scale(q, g, n);
@@ -75,7 +74,7 @@ static void update_element(const qm_mpq_update_args *args, const qm_mpq_step *st
   const float move = limit(d * span->unit);
   float wanted = rintf((float)start + move);
   if (args->options.rounding == QM_ROUND_STOCHASTIC) {
-    const qm_noise bits = qm_mpq_noise(noise, QM_STREAM_CODES);
+    const qm_noise bits = qm_adam_noise(step, QM_STREAM_CODES);
     const float low = floorf(move);
     wanted = (float)start + low + (qm_uniform(&bits, element) < move - low ? 1.0f : 0.0f);
   }
@@ -95,7 +94,7 @@ static void update_element(const qm_mpq_update_args *args, const qm_mpq_step *st
     const float lost = inside ? scale * (move - (got - (float)start)) : 0.0f;
     next.m -= step->inject * next.denominator * lost;
   }
-  const qm_noise moment_noise = qm_mpq_noise(noise, QM_STREAM_EXP_AVG);
+  const qm_noise moment_noise = qm_adam_noise(step, QM_STREAM_EXP_AVG);
   const uint32_t random = qm_bits(&moment_noise, element);
   store_moment(&args->exp_avg, at, next.m, qm_exp_avg_bits(random));
   store_moment(&args->exp_avg_sq, at, next.v, qm_exp_avg_sq_bits(random));
@@ -103,9 +102,12 @@ static void update_element(const qm_mpq_update_args *args, const qm_mpq_step *st
 
 int32_t qm_reference_mpq_update(void *context, const qm_mpq_update_args *args) {
   (void)context;
-  const qm_mpq_step step = qm_mpq_step_of(&args->options.adam, args->options.feedback);
+  const qm_adam_source source = qm_adam_source_of(&args->options.adam, args->live.data,
+                                                  args->scale.data, args->exp_avg.data == NULL);
+  const qm_adam_numbers step = qm_adam_in_force(&source);
   const qm_mpq_span span = qm_mpq_span_of(&args->q);
   int64_t health[4] = {0};
+  if (step.skip) return QM_OK;
   for (int64_t p = 0; p < args->q.k; p++)
     for (int64_t n = 0; n < args->q.n; n++) update_element(args, &step, &span, p, n, health);
   if (args->health.data != NULL)

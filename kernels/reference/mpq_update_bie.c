@@ -32,13 +32,13 @@ static void move_zeros(const qm_bie_step *step, int64_t n, const float *u) {
 /* One column: every group's rows lie in it. */
 static void update_column(const qm_bie_step *step, int64_t n, float *w, float *u) {
   const qm_mpq_view *q = &step->args->q;
-  const int moves_zeros = step->args->adam.step % 5 == 0;
+  const int moves_zeros = step->numbers.noise.step % 5 == 0;
   for (int64_t p = 0; p < q->k; p++) {
     const int64_t g = qm_mpq_group(q, p);
     const float code = (float)qm_mpq_field(q->data.data, q->w_bit, q->n, p, n);
     u[p] = qm_bie_direction(step, qm_mpq_feature(q, p) * q->n + n);
     w[p] = qm_bie_decode(step, code, qm_mpq_scale(q, g, n), qm_mpq_zero(q, g, n));
-    w[p] = qm_round_to(step->dtype, w[p] + -step->rate * u[p]);
+    w[p] = qm_round_to(step->dtype, w[p] + -step->numbers.rate * u[p]);
   }
   if (moves_zeros && !q->asym) move_zeros(step, n, u);
   for (int64_t p = 0; p < q->k; p++) {
@@ -51,7 +51,11 @@ static void update_column(const qm_bie_step *step, int64_t n, float *w, float *u
 
 int32_t qm_reference_mpq_update_bie(void *context, const qm_mpq_update_bie_args *args) {
   (void)context;
-  const qm_bie_step step = qm_bie_step_of(args);
+  const qm_adam_source source =
+      qm_adam_source_of(&args->adam, args->live.data, args->scale.data, args->exp_avg.data == NULL);
+  const qm_adam_numbers numbers = qm_adam_in_force(&source);
+  if (numbers.skip) return QM_OK;
+  const qm_bie_step step = qm_bie_step_of(args, &numbers);
   const size_t k = (size_t)args->q.k;
   float *columns = malloc(2 * k * sizeof *columns + 1);
   if (columns == NULL) return qm_reference_host->fail(QM_E_MEMORY, "the host is out of memory");

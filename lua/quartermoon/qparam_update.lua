@@ -13,7 +13,7 @@ local OPTIONS = {
   beta1 = 0.99, beta2 = 0.9999, eps = 1e-6, dtype = check.optional, correct_bias = false, projector = check.optional,
   grad = check.optional, grad_scale = 1, mode = "own", rounding = "stochastic", feedback = check.optional,
   grid = "fixed", refit_every = 100, refit_method = "minmax", lr_next = check.optional, seed = 0,
-  health = check.optional,
+  health = check.optional, live = check.optional, scale = check.optional,
 }
 local ROUNDING = { nearest = tonumber(ffi.C.QM_ROUND_NEAREST), stochastic = tonumber(ffi.C.QM_ROUND_STOCHASTIC) }
 local FEEDBACK = { none = tonumber(ffi.C.QM_FEEDBACK_NONE), momentum = tonumber(ffi.C.QM_FEEDBACK_MOMENTUM),
@@ -55,7 +55,8 @@ local function check_options(name, q, options)
   return o
 end
 
-local function fill_adam(adam, q, o)
+local function fill_adam(name, adam, q, o)
+  adam.live, adam.scale = check.optional_desc(name, "live", o.live), check.optional_desc(name, "scale", o.scale)
   adam.lr, adam.lr_next, adam.beta1, adam.beta2, adam.eps = o.lr, o.lr_next, o.beta1, o.beta2, o.eps
   adam.weight_decay, adam.grad_scale, adam.step = o.weight_decay, o.grad_scale, o.step + 1
   adam.correct_bias = o.correct_bias and 1 or 0
@@ -134,6 +135,12 @@ end
 ---   dtype                the moments' type; raises when they have another
 ---   projector            { project(grad, step), project_back(low_rank) }
 ---   grad_scale = 1       multiplies the gradient (clipping)
+---   live                 i32 [16], a row that qm.adam_write wrote, read when the kernel runs: instead of
+---                        step, lr, lr_next, weight_decay, betas, eps, correct_bias, grad_scale and seed
+---                        there (`step` here still says when to refit and to project; under a
+---                        projector written with grad_scale = 1)
+---   scale                f32 {}, read when the kernel runs: multiplies the gradient too; where it is not
+---                        finite, the step changes nothing
 ---   mode = "own"         or "bie"
 ---   rounding = "stochastic"  or "nearest"
 ---   feedback             "none", "momentum", "residual" (default where q has a residual)
@@ -151,7 +158,7 @@ function M.update(q, options)
   local o = check_options(name, q, options)
   local update = ffi.new("qm_mpq_update_options")
   update.rounding, update.feedback = ROUNDING[o.rounding], FEEDBACK[o.feedback]
-  local adam = fill_adam(update.adam, q, o)
+  local adam = fill_adam(name, update.adam, q, o)
   local m, v, full = check.optional_desc(name, "exp_avg_l", o.exp_avg_l),
     check.optional_desc(name, "exp_avg_s", o.exp_avg_s), nil
   local health = check.optional_desc(name, "health", o.health)

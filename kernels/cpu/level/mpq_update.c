@@ -14,7 +14,7 @@ enum { CHUNK_ROWS = 128 }; /* rows of one task */
 /* What stays the same over one call. */
 typedef struct update_call {
   const qm_mpq_update_args *args;
-  qm_mpq_step step;
+  qm_adam_numbers step;
   qm_mpq_span span;
   int has_moments, half_moments; /* moments given; in bf16 */
 } update_call;
@@ -46,7 +46,7 @@ static inline __attribute__((always_inline)) void step_row(const update_call *ca
                                                            const update_row *row,
                                                            update_counts *counts, int feedback,
                                                            int rounding, int has_moments) {
-  const qm_mpq_step c = call->step;
+  const qm_adam_numbers c = call->step;
   const qm_mpq_span span = call->span;
   const uint32_t mask = qm_mpq_mask(call->args->q.w_bit);
   const uint32_t residual_mask = span.bits > 0 ? qm_mpq_mask(span.bits) : 0;
@@ -160,7 +160,7 @@ static float *f32_row(const qm_array *x, int64_t at, int64_t count, float *buffe
 
 static void store_bf16(const update_call *call, update_block *block, int64_t at, int64_t element) {
   const qm_mpq_update_args *args = call->args;
-  const qm_noise noise = qm_mpq_noise(&args->options.adam.noise, QM_STREAM_EXP_AVG);
+  const qm_noise noise = qm_adam_noise(&call->step, QM_STREAM_EXP_AVG);
   const uint32_t *restrict random = block->random;
   const float *restrict m = block->m, *restrict v = block->v;
   uint16_t *restrict m_out = (uint16_t *)args->exp_avg.data + at;
@@ -184,7 +184,7 @@ static void prefetch(const qm_array *x, int64_t at, int64_t count) {
 static void draw(const update_call *call, update_block *block, int64_t element, int64_t next) {
   enum { PIECE = QM_NOISE_WORDS };
   const qm_mpq_update_args *args = call->args;
-  const qm_noise noise = qm_mpq_noise(&args->options.adam.noise, QM_STREAM_CODES);
+  const qm_noise noise = qm_adam_noise(&call->step, QM_STREAM_CODES);
   const int64_t n = block->grid.count;
   for (int64_t j = 0; j < n; j += PIECE) {
     const int64_t count = QM_MIN(PIECE, n - j);
@@ -246,16 +246,18 @@ static update_counts update_rows(const update_call *call, int64_t first_row, int
 int32_t QM_CPU(mpq_update)(void *context, const qm_mpq_update_args *args) {
   (void)context;
   const qm_mpq_view *q = &args->q;
-  const int32_t feedback = args->options.feedback;
+  const qm_adam_source source = qm_adam_source_of(&args->options.adam, args->live.data,
+                                                  args->scale.data, args->exp_avg.data == NULL);
   const update_call call = {
       .args = args,
-      .step = qm_mpq_step_of(&args->options.adam, feedback),
+      .step = qm_adam_in_force(&source),
       .span = qm_mpq_span_of(q),
       .has_moments = args->exp_avg.data != NULL,
       .half_moments = args->exp_avg.data != NULL && args->exp_avg.dtype == QM_BF16,
   };
   const int64_t count = q->k * q->n;
   int64_t moved = 0, clipped = 0, skipped = 0;
+  if (call.step.skip) return QM_OK;
 #pragma omp parallel for collapse(2) schedule(static) if (count > QM_MPQ_SERIAL_MAX) \
     reduction(+ : moved, clipped, skipped)
   for (int64_t p = 0; p < q->k; p += CHUNK_ROWS) {

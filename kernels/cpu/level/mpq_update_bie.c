@@ -45,7 +45,7 @@ static void step_rows(const qm_bie_step *step, bie_block *block) {
       const float code = (float)qm_mpq_field(q->data.data, q->w_bit, q->n, p, n);
       u[j] = qm_bie_direction(step, at + j);
       w[j] = qm_bie_decode(step, code, qm_mpq_scale(q, g, n), qm_mpq_zero(q, g, n));
-      w[j] = qm_round_to(step->dtype, w[j] + -step->rate * u[j]);
+      w[j] = qm_round_to(step->dtype, w[j] + -step->numbers.rate * u[j]);
     }
   }
 }
@@ -83,8 +83,12 @@ static void pack_rows(const qm_bie_step *step, const bie_block *block) {
 int32_t QM_CPU(mpq_update_bie)(void *context, const qm_mpq_update_bie_args *args) {
   (void)context;
   const qm_mpq_view *q = &args->q;
-  const qm_bie_step step = qm_bie_step_of(args);
-  const int moves_zeros = args->adam.step % 5 == 0;
+  const qm_adam_source source =
+      qm_adam_source_of(&args->adam, args->live.data, args->scale.data, args->exp_avg.data == NULL);
+  const qm_adam_numbers numbers = qm_adam_in_force(&source);
+  if (numbers.skip) return QM_OK;
+  const qm_bie_step step = qm_bie_step_of(args, &numbers);
+  const int moves_zeros = numbers.noise.step % 5 == 0;
   bie_block block; /* room first: nothing is changed where there is none */
   const int64_t blocks = (q->n + BIE_COLUMNS - 1) / BIE_COLUMNS;
   int failed = 0;

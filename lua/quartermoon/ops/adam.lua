@@ -1,5 +1,5 @@
----Adam's step on one dense parameter, and Adam's direction alone. qm.optim drives them; they are
----public so that an optimizer of your own can too. Neither is differentiable.
+---Adam's step on one dense parameter, Adam's direction alone, and a step's numbers on the device.
+---qm.optim drives them; they are public so that an optimizer of your own can too. Neither is differentiable.
 
 local ffi = require("ffi")
 local binding = require("quartermoon.ffi")
@@ -8,19 +8,22 @@ local lib = binding.lib
 
 local M = {}
 
-local ADAM_OPTIONS = { step = check.required, lr = check.required, lr_next = check.optional, beta1 = 0.9,
-  beta2 = 0.99, eps = 1e-8, weight_decay = 0, grad_scale = 1, correct_bias = true, seed = 0, parameter = 0 }
+local ADAM_OPTIONS = { step = check.optional, lr = check.optional, lr_next = check.optional, beta1 = 0.9,
+  beta2 = 0.99, eps = 1e-8, weight_decay = 0, grad_scale = 1, correct_bias = true, seed = 0, parameter = 0,
+  live = check.optional, scale = check.optional }
 
----One step's numbers as the kernels take them.
+---Put one step's numbers into a qm_adam.
 ---@param name string  the public function's name
 ---@param options table  see qm.adamw
----@return ffi.cdata* qm_adam
-local function adam_numbers(name, options)
+---@param adam ffi.cdata* qm_adam, zeroed
+local function fill(name, options, adam)
   options = check.options(name, options, ADAM_OPTIONS)
+  adam.live, adam.scale = check.optional_desc(name, "live", options.live), check.optional_desc(name, "scale",
+    options.scale)
+  if options.live then return adam end
   for _, key in ipairs({ "lr", "beta1", "beta2", "eps", "weight_decay", "grad_scale" }) do
     check.number(name, key, options[key])
   end
-  local adam = ffi.new("qm_adam")
   adam.lr, adam.lr_next = options.lr, check.number(name, "lr_next", options.lr_next or options.lr)
   adam.beta1, adam.beta2, adam.eps = options.beta1, options.beta2, options.eps
   adam.weight_decay, adam.grad_scale = options.weight_decay, options.grad_scale
@@ -29,6 +32,21 @@ local function adam_numbers(name, options)
   adam.noise.seed = check.integer(name, "seed", options.seed, 0, 2 ^ 32 - 1)
   adam.noise.parameter = check.integer(name, "parameter", options.parameter, 0, 2 ^ 32 - 1)
   return adam
+end
+
+---Write the numbers of some steps to where kernels read them when they run: the row of a step is its
+---option `live`. One write to the device; a recorded graph is then played with these numbers.
+---@param steps table[]   options of qm.adamw, one table for each row; their live and scale do not count
+---@param live qm.Tensor  i32 [#steps, 16], overwritten
+---@return qm.Tensor live
+---@raise when a shape or an option does not fit
+function M.adam_write(steps, live)
+  local name = "qm.adam_write"
+  local count = #check.type(name, "steps", steps, "table")
+  local adams = ffi.new("qm_adam[?]", math.max(count, 1))
+  for i, options in ipairs(steps) do fill(name, options, adams[i - 1]) end
+  binding.check(lib.qm_adam_write(adams, count, check.desc(name, "live", live)), name)
+  return live
 end
 
 ---One AdamW step on a dense parameter, in place.
@@ -45,17 +63,24 @@ end
 ---
 ---@param param qm.Tensor       f32 or bf16 [...], overwritten
 ---@param grad qm.Tensor        float, the same shape
----@param exp_avg qm.Tensor     m: f32 or bf16, the same shape, overwritten; zeros before the first step
----@param exp_avg_sq qm.Tensor  v: likewise
----@param options table  { step (from 1), lr, beta1 = 0.9, beta2 = 0.99, eps = 1e-8, weight_decay = 0,
----   grad_scale = 1, correct_bias = true, seed = 0, parameter = 0 }
+---@param exp_avg qm.Tensor|nil     m: f32 or bf16, the same shape, overwritten; zeros before the first step
+---@param exp_avg_sq qm.Tensor|nil  v: likewise; without moments grad is the direction already
+---@param options table
+---   step (from 1), lr, beta1 = 0.9, beta2 = 0.99, eps = 1e-8, weight_decay = 0, grad_scale = 1,
+---   correct_bias = true, seed = 0, parameter = 0
+---   live                 i32 [16], a row that qm.adam_write wrote, read when the kernel runs: instead of
+---                        the numbers above
+---   scale                f32 {}, read when the kernel runs: multiplies the gradient too (but no
+---                        direction); where it is not finite, the step changes nothing
 ---@return qm.Tensor param
 ---@raise when a type, a shape or an option does not fit
 function M.adamw(param, grad, exp_avg, exp_avg_sq, options)
   local name = "qm.adamw"
   local param_desc, grad_desc = check.desc(name, "param", param), check.desc(name, "grad", grad)
-  local m_desc, v_desc = check.desc(name, "exp_avg", exp_avg), check.desc(name, "exp_avg_sq", exp_avg_sq)
-  binding.check(lib.qm_adamw(param_desc, grad_desc, m_desc, v_desc, adam_numbers(name, options)), name)
+  local m_desc, v_desc = check.optional_desc(name, "exp_avg", exp_avg), check.optional_desc(name, "exp_avg_sq",
+    exp_avg_sq)
+  local adam = fill(name, options, ffi.new("qm_adam"))
+  binding.check(lib.qm_adamw(param_desc, grad_desc, m_desc, v_desc, adam), name)
   return param
 end
 
@@ -65,12 +90,13 @@ end
 ---@param exp_avg qm.Tensor     m: f32 or bf16, the same shape, overwritten
 ---@param exp_avg_sq qm.Tensor  v: likewise
 ---@param options table  as for qm.adamw
----@return qm.Tensor update     f32, the same shape
+---@return qm.Tensor update     f32, the same shape; 0 where `scale` is not finite
 ---@raise when a type, a shape or an option does not fit
 function M.adam_direction(grad, exp_avg, exp_avg_sq, options)
   local name = "qm.adam_direction"
   local grad_desc, m_desc = check.desc(name, "grad", grad), check.desc(name, "exp_avg", exp_avg)
-  local v_desc, adam = check.desc(name, "exp_avg_sq", exp_avg_sq), adam_numbers(name, options)
+  local v_desc = check.desc(name, "exp_avg_sq", exp_avg_sq)
+  local adam = fill(name, options, ffi.new("qm_adam"))
   local update = grad:empty_like("f32")
   binding.check(lib.qm_adam_direction(grad_desc, m_desc, v_desc, update.desc, adam), name, update)
   return update
