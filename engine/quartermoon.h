@@ -272,7 +272,7 @@ typedef struct qm_adam {
 ** count. live i32 [count, 16], each row one step's `live`. */
 int32_t qm_adam_write(const qm_adam *adams, int64_t count, const qm_tensor *live);
 /* Dense parameter: param f32 or bf16 (then rounded stochastically), grad float, moments f32 or
-** bf16; all of one shape. exp_avg is m, exp_avg_sq is v; both NULL: grad is the direction u already.
+** bf16; all of one shape. exp_avg is m, exp_avg_sq is v; both NULL: grad is u already.
 ** arXiv 1711.05101. */
 int32_t qm_adamw(const qm_tensor *param, const qm_tensor *grad, const qm_tensor *exp_avg,
                  const qm_tensor *exp_avg_sq, const qm_adam *adam);
