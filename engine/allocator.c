@@ -3,6 +3,10 @@
 ** Sizes round up to sixteen classes per doubling (at most 1/16 wasted), so a training step that
 ** asks for the same shapes again and again is served from the cache. The limit bounds live and
 ** cached bytes together; the cache is given back before a request is refused.
+**
+** While a graph is recorded its pool serves: from its own released blocks, then from the cache,
+** then
+** from the device, and what it has got stays with it. Its bytes count as live until it is closed.
 */
 #include <stdlib.h>
 #include <string.h>
@@ -68,18 +72,42 @@ static int32_t refuse(const qm__allocator *allocator, int64_t size_bytes) {
       (long long)m->peak_bytes, (long long)m->limit_bytes);
 }
 
+/* Take a block off a list; NULL when there is none. */
+static void *take(qm__block **list) {
+  qm__block *block = *list;
+  if (block == NULL) return NULL;
+  void *memory = block->memory;
+  *list = block->next;
+  free(block);
+  return memory;
+}
+
+/* Remember a block; false where the host has no memory for it. */
+static bool put(qm__block **lists, void *memory, int64_t block_bytes) {
+  qm__block *block = malloc(sizeof *block);
+  if (block == NULL) return false;
+  int64_t rounded;
+  const int32_t class = size_class(block_bytes, &rounded);
+  *block = (qm__block){lists[class], memory, block_bytes};
+  lists[class] = block;
+  return true;
+}
+
 static int32_t allocate_locked(qm__allocator *allocator, int64_t size_bytes, void **memory,
                                int64_t *block_bytes) {
   qm_memory *m = &allocator->memory;
   if (size_bytes < 0 || size_bytes > largest_bytes) return refuse(allocator, size_bytes);
   int64_t rounded;
   const int32_t class = size_class(size_bytes, &rounded);
-  qm__block *cached = allocator->free_lists[class];
-  if (cached != NULL) {
-    allocator->free_lists[class] = cached->next;
-    *memory = cached->memory;
+  *block_bytes = rounded;
+  m->allocation_count++;
+  if (allocator->pool != NULL && (*memory = take(&allocator->pool->free_lists[class])) != NULL) {
+    m->live_count++;
+    return QM_OK;
+  }
+  *memory = take(&allocator->free_lists[class]);
+  if (*memory != NULL) {
     m->cached_bytes -= rounded;
-    free(cached);
   } else {
     if (m->limit_bytes > 0 && m->live_bytes + m->cached_bytes + rounded > m->limit_bytes) {
       empty_cache_locked(allocator);
@@ -93,35 +121,65 @@ static int32_t allocate_locked(qm__allocator *allocator, int64_t size_bytes, voi
     if (status == QM_E_MEMORY) return refuse(allocator, size_bytes);
     if (status != QM_OK) return status;
   }
-  *block_bytes = rounded;
   m->live_bytes += rounded;
   m->live_count++;
-  m->allocation_count++;
+  if (allocator->pool != NULL) allocator->pool->size_bytes += rounded;
   if (m->live_bytes > m->peak_bytes) m->peak_bytes = m->live_bytes;
   return QM_OK;
 }
 
 int32_t qm__allocate(qm__allocator *allocator, int64_t size_bytes, void **memory,
-                     int64_t *block_bytes) {
+                     int64_t *block_bytes, qm__pool **pool) {
   pthread_mutex_lock(&allocator->lock);
   const int32_t status = allocate_locked(allocator, size_bytes, memory, block_bytes);
+  *pool = allocator->pool;
+  if (status == QM_OK && *pool != NULL) (*pool)->live_count++;
   pthread_mutex_unlock(&allocator->lock);
   return status;
 }
 
-void qm__release(qm__allocator *allocator, void *memory, int64_t block_bytes) {
-  pthread_mutex_lock(&allocator->lock);
+/* From live to cached; a host too poor to remember the block gives it back instead. */
+static void cache(qm__allocator *allocator, void *memory, int64_t block_bytes) {
   allocator->memory.live_bytes -= block_bytes;
-  allocator->memory.live_count--;
-  qm__block *block = malloc(sizeof *block);
-  if (block == NULL) { /* too poor to remember it: give it back instead */
-    allocator->backend->release(allocator->context, memory, block_bytes);
-  } else {
-    int64_t rounded;
-    const int32_t class = size_class(block_bytes, &rounded);
-    *block = (qm__block){allocator->free_lists[class], memory, block_bytes};
-    allocator->free_lists[class] = block;
+  if (put(allocator->free_lists, memory, block_bytes))
     allocator->memory.cached_bytes += block_bytes;
+  else
+    allocator->backend->release(allocator->context, memory, block_bytes);
+}
+
+void qm__release(qm__allocator *allocator, void *memory, int64_t block_bytes, qm__pool *pool) {
+  pthread_mutex_lock(&allocator->lock);
+  allocator->memory.live_count--;
+  if (pool != NULL) pool->live_count--;
+  if (pool == NULL || pool->closed || !put(pool->free_lists, memory, block_bytes))
+    cache(allocator, memory, block_bytes);
+  if (pool != NULL && pool->closed && pool->live_count == 0) free(pool);
+  pthread_mutex_unlock(&allocator->lock);
+}
+
+qm__pool *qm__pool_open(qm__allocator *allocator) {
+  qm__pool *pool = calloc(1, sizeof *pool);
+  pthread_mutex_lock(&allocator->lock);
+  allocator->pool = pool;
+  pthread_mutex_unlock(&allocator->lock);
+  return pool;
+}
+
+void qm__pool_stop(qm__allocator *allocator) {
+  pthread_mutex_lock(&allocator->lock);
+  allocator->pool = NULL;
+  pthread_mutex_unlock(&allocator->lock);
+}
+
+void qm__pool_close(qm__allocator *allocator, qm__pool *pool) {
+  pthread_mutex_lock(&allocator->lock);
+  for (int32_t i = 0; i < QM__SIZE_CLASSES; i++) {
+    while (pool->free_lists[i] != NULL) {
+      const int64_t block_bytes = pool->free_lists[i]->size_bytes;
+      cache(allocator, take(&pool->free_lists[i]), block_bytes);
+    }
   }
+  pool->closed = true;
+  if (pool->live_count == 0) free(pool);
   pthread_mutex_unlock(&allocator->lock);
 }

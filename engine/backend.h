@@ -251,6 +251,13 @@ typedef struct qm_backend {
   int32_t (*write)(void *context, void *out, const void *host, int64_t size_bytes);
   int32_t (*read)(void *context, const void *x, void *host, int64_t size_bytes);
   int32_t (*sync)(void *context);
+  /* Record kernels instead of running them, until graph_end; *graph is then what to launch, or,
+  ** where
+  ** graph is NULL, nothing is kept. All NULL: the engine notes the calls and repeats them. */
+  int32_t (*graph_begin)(void *context);
+  int32_t (*graph_end)(void *context, void **graph);
+  int32_t (*graph_launch)(void *context, void *graph);
+  void (*graph_release)(void *context, void *graph);
   qm_kernels kernels;
 } qm_backend;
 

@@ -126,6 +126,8 @@ int32_t qm_device_get_info(const qm_device *device, qm_device_info *out) {
 
 int32_t qm_device_sync(qm_device *device) {
   if (device == NULL) return qm__fail(QM_E_ARGUMENT, "qm_device_sync: NULL");
+  const int32_t status = qm__graph_refuse(device, "waiting for it");
+  if (status != QM_OK) return status;
   return device->backend->sync(device->context);
 }
 

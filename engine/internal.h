@@ -31,21 +31,38 @@ typedef struct qm__block {
 
 enum { QM__SIZE_CLASSES = 16 * 48 };
 
+/* A recorded graph's own blocks. Replays use them whatever becomes of the storages that had them,
+** so
+** nobody else gets one before the graph is released. Closed, it hands them to the allocator. */
+typedef struct qm__pool {
+  qm__block *free_lists[QM__SIZE_CLASSES];
+  int64_t size_bytes;
+  int64_t live_count; /* storages that still hold a block */
+  bool closed;
+} qm__pool;
+
 typedef struct qm__allocator {
   const qm_backend *backend;
   void *context;
   pthread_mutex_t lock;
   qm__block *free_lists[QM__SIZE_CLASSES];
   qm_memory memory;
+  qm__pool *pool; /* where requests are served from while a graph is recorded, else NULL */
 } qm__allocator;
 
 void qm__allocator_open(qm__allocator *allocator, const qm_backend *backend, void *context);
 void qm__allocator_close(qm__allocator *allocator);
-/* *block_bytes is the size to hand back on release. */
+/* *block_bytes and *pool are what to hand back on release. */
 int32_t qm__allocate(qm__allocator *allocator, int64_t size_bytes, void **memory,
-                     int64_t *block_bytes);
-void qm__release(qm__allocator *allocator, void *memory, int64_t block_bytes);
+                     int64_t *block_bytes, qm__pool **pool);
+void qm__release(qm__allocator *allocator, void *memory, int64_t block_bytes, qm__pool *pool);
 void qm__allocator_empty_cache(qm__allocator *allocator);
+/* From now on requests are served for a graph, by blocks of its own. NULL: the host's memory is
+** out. */
+qm__pool *qm__pool_open(qm__allocator *allocator);
+/* Serve everybody again; the blocks stay the graph's. */
+void qm__pool_stop(qm__allocator *allocator);
+void qm__pool_close(qm__allocator *allocator, qm__pool *pool);
 
 /* ---- device.c, storage.c ---- */
 
@@ -55,6 +72,7 @@ struct qm_device {
   void *context;
   int32_t index;
   qm__allocator allocator;
+  qm_graph *recording;    /* the graph that is being recorded, or NULL */
   struct qm_device *next; /* in the list of open devices */
 };
 
@@ -64,6 +82,8 @@ struct qm_storage {
   char *memory;
   int64_t size_bytes;
   int64_t block_bytes; /* what the allocator wants back; 0: a mapped file */
+  qm__pool *pool;      /* the same: NULL, or whose block it is */
+  int64_t recording;   /* serial number of the last recording that held it */
   bool read_only;
 };
 
@@ -82,7 +102,6 @@ typedef struct qm__call {
   qm_device *device; /* the first operand's */
   int32_t status;
   int32_t operand_count, size_count;
-  double started; /* when the kernel began, while a profile runs */
   struct {
     const char *name;
     const char *begin, *end;
@@ -116,7 +135,6 @@ void qm__describe(const qm_tensor *x, char *text, size_t size);
 int64_t qm__count(const qm_tensor *x);
 /* The last checks: nothing overlaps that must not. Returns the call's status. */
 int32_t qm__finish(qm__call *call);
-int32_t qm__unsupported(const qm__call *call, const char *kernel);
 
 /* ---- checks that several calls share ---- */
 
@@ -135,6 +153,15 @@ void qm__mpq(qm__call *call, const qm_mpq *q, qm__use codes_use, qm__use grid_us
 /* Sync the folder that path lies in: a rename is safe on disk only when its folder is. */
 int32_t qm__sync_parent(const char *path);
 
+/* ---- graph.c ---- */
+
+/* Keep a storage for the graph that its device is recording. */
+void qm__graph_hold(qm_graph *graph, qm_storage *storage);
+/* Note one kernel call, on a backend that does not record by itself. */
+int32_t qm__graph_note(qm_graph *graph, int32_t kernel, const void *args, int64_t args_bytes);
+/* QM_OK, or the sentence that this (done to a device) cannot be part of a graph. */
+int32_t qm__graph_refuse(const qm_device *device, const char *what);
+
 /* ---- profile.c ---- */
 
 /* Now, in seconds, while a profile runs; else 0. */
@@ -142,15 +169,25 @@ double qm__profile_clock(void);
 /* Book one kernel call that started then; returns status. */
 int32_t qm__profile_book(const char *kernel, double started, int32_t status);
 
-/* Run one kernel of the call's device, or say why not. */
+/* ---- dispatch.c ---- */
+
+/* Which entry of the table of kernels. */
+enum {
+#define X(name) QM__KERNEL_##name,
+  QM_KERNEL_LIST(X)
+#undef X
+      QM__KERNEL_COUNT
+};
+/* Call a kernel of the device; QM_E_UNSUPPORTED when it has none. */
+int32_t qm__run(const qm_device *device, int32_t kernel, const void *args);
+/* The last checks of a call, then its kernel: run now, or noted in a recording. */
+int32_t qm__dispatch(qm__call *call, int32_t kernel, const void *args);
+/* Run one kernel of the call's device, or say why not. Nothing inside sizeof is evaluated: it lets
+** the
+** compiler check that args are the kernel's. */
 #define QM__DISPATCH(call, kernel, args)                                                           \
-  (qm__finish(&(call)) ? (call).status                                                             \
-   : (call).device->backend->kernels.kernel                                                        \
-       ? ((call).started = qm__profile_clock(),                                                    \
-          qm__profile_book(                                                                        \
-              #kernel, (call).started,                                                             \
-              (call).device->backend->kernels.kernel((call).device->context, (args))))             \
-       : qm__unsupported(&(call), #kernel))
+  ((void)sizeof((call).device->backend->kernels.kernel(NULL, (args))),                             \
+   qm__dispatch(&(call), QM__KERNEL_##kernel, (args)))
 
 /* ---- safetensors.c, safetensors_writer.c ---- */
 

@@ -13,6 +13,8 @@ static const int32_t *index_values(qm__call *call, const qm_array *index, int32_
   if (*owned == NULL)
     call->status = qm__fail(QM_E_MEMORY, "the host is out of memory");
   else
+    call->status = qm__graph_refuse(call->device, "reading a value back");
+  if (call->status == QM_OK)
     call->status =
         call->device->backend->read(call->device->context, index->data, *owned, size_bytes);
   return call->status == QM_OK ? *owned : NULL;

@@ -218,6 +218,7 @@ void qm__operand(qm__call *call, const char *name, const qm_tensor *x, const cha
     call->operands[call->operand_count].end = begin + out->count * qm_dtype_size(x->dtype);
     call->operands[call->operand_count++].use = use;
   }
+  if (call->device->recording != NULL) qm__graph_hold(call->device->recording, x->storage);
 }
 
 void qm__optional(qm__call *call, const char *name, const qm_tensor *x, const char *spec,
@@ -260,9 +261,4 @@ int32_t qm__finish(qm__call *call) {
     }
   }
   return call->status;
-}
-
-int32_t qm__unsupported(const qm__call *call, const char *kernel) {
-  return qm__fail(QM_E_UNSUPPORTED, "the %s backend has no kernel '%s'",
-                  call->device->backend->name, kernel);
 }

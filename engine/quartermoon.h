@@ -116,6 +116,23 @@ int32_t qm_device_set_limit(qm_device *device, int64_t limit_bytes);
 int32_t qm_device_reset_peak(qm_device *device);
 int32_t qm_device_empty_cache(qm_device *device);
 
+/* ---- graphs: what a device is asked to do, recorded once and replayed ---- */
+
+typedef struct qm_graph qm_graph; /* handle: a recording, and the memory it uses */
+
+/* Record from now on: kernels called on this device are noted and not run. Reading from it, writing
+** to it from the host and waiting for it are refused. Memory that storages get meanwhile belongs
+** to the graph, and storages that the kernels use stay with it. One recording at a time. */
+int32_t qm_graph_begin(qm_device *device);
+/* End the recording; out NULL drops it. */
+int32_t qm_graph_end(qm_device *device, qm_graph **out);
+/* Do again what was recorded, in order with whatever else the device is asked to do. */
+int32_t qm_graph_launch(qm_graph *graph);
+void qm_graph_release(qm_graph *graph);
+/* Kernel calls in the graph, and bytes of memory that it has for itself. */
+int64_t qm_graph_count(const qm_graph *graph);
+int64_t qm_graph_bytes(const qm_graph *graph);
+
 /* ---- profile: wall time per kernel, of this process ---- */
 
 typedef struct qm_profile_entry {

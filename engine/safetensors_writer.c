@@ -118,13 +118,14 @@ static int32_t begin(qm_safetensors_writer *writer) {
 /* From a device whose memory the host cannot read, in chunks by way of a buffer. */
 static int32_t put_array(qm_safetensors_writer *writer, const qm_device *device,
                          const qm_array *array, int64_t size_bytes) {
+  int32_t status = qm__graph_refuse(device, "reading a value back");
+  if (status != QM_OK) return status;
   if (device->backend->host_memory) {
-    const int32_t status = device->backend->sync(device->context);
+    status = device->backend->sync(device->context);
     return status != QM_OK ? status : qm_file_write(writer->file, array->data, size_bytes);
   }
   char *buffer = malloc(CHUNK_BYTES);
   if (buffer == NULL) return out_of_memory();
-  int32_t status = QM_OK;
   for (int64_t at = 0; at < size_bytes && status == QM_OK; at += CHUNK_BYTES) {
     const int64_t rest = size_bytes - at, chunk = rest < CHUNK_BYTES ? rest : CHUNK_BYTES;
     status = device->backend->read(device->context, (const char *)array->data + at, buffer, chunk);

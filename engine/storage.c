@@ -27,17 +27,19 @@ int32_t qm_storage_create(qm_device *device, int64_t size_bytes, qm_storage **ou
                     (long long)size_bytes);
   void *memory;
   int64_t block_bytes;
-  int32_t status = qm__allocate(&device->allocator, size_bytes, &memory, &block_bytes);
+  qm__pool *pool;
+  int32_t status = qm__allocate(&device->allocator, size_bytes, &memory, &block_bytes, &pool);
   if (status != QM_OK) return status;
   qm_storage *storage = NULL;
   status = storage_new(device, &storage);
   if (status != QM_OK) {
-    qm__release(&device->allocator, memory, block_bytes);
+    qm__release(&device->allocator, memory, block_bytes, pool);
     return status;
   }
   storage->memory = memory;
   storage->size_bytes = size_bytes;
   storage->block_bytes = block_bytes;
+  storage->pool = pool;
   *out = storage;
   return QM_OK;
 }
@@ -81,7 +83,7 @@ void qm_storage_retain(qm_storage *storage) {
 void qm_storage_release(qm_storage *storage) {
   if (storage == NULL || atomic_fetch_sub(&storage->references, 1) != 1) return;
   if (storage->block_bytes > 0)
-    qm__release(&storage->device->allocator, storage->memory, storage->block_bytes);
+    qm__release(&storage->device->allocator, storage->memory, storage->block_bytes, storage->pool);
   else if (storage->memory != NULL)
     munmap(storage->memory, (size_t)storage->size_bytes);
   qm_device_release(storage->device);

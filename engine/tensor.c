@@ -16,6 +16,7 @@ int32_t qm_write(const qm_tensor *out, const void *host, int64_t size_bytes) {
   qm_array array;
   qm__operand(&call, "out", out, "any [...]", QM__WRITE, &array);
   if (check_host(&call, &array, host, size_bytes) != QM_OK || size_bytes == 0) return call.status;
+  if (qm__graph_refuse(call.device, "writing to it from the host") != QM_OK) return QM_E_ARGUMENT;
   return call.device->backend->write(call.device->context, array.data, host, size_bytes);
 }
 
@@ -24,6 +25,7 @@ int32_t qm_read(const qm_tensor *x, void *host, int64_t size_bytes) {
   qm_array array;
   qm__operand(&call, "x", x, "any [...]", QM__READ, &array);
   if (check_host(&call, &array, host, size_bytes) != QM_OK || size_bytes == 0) return call.status;
+  if (qm__graph_refuse(call.device, "reading a value back") != QM_OK) return QM_E_ARGUMENT;
   return call.device->backend->read(call.device->context, array.data, host, size_bytes);
 }
 
@@ -44,6 +46,7 @@ static int32_t copy_across(const qm_tensor *x, const qm_tensor *out) {
               "argument 'out': expected %s, got %s (across devices types must agree)", expected,
               got);
   if (target.status != QM_OK) return target.status;
+  if (qm__graph_refuse(source.device, "copying to another device") != QM_OK) return QM_E_ARGUMENT;
   if (source.device->backend->host_memory)
     return qm_write(out, from.data, from.count * qm_dtype_size(from.dtype));
   if (target.device->backend->host_memory)

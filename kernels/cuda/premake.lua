@@ -16,19 +16,19 @@ NVCC ?= nvcc
 out := build/$(config)
 objects := $(patsubst kernels/cuda/%.cu,$(out)/cuda/%.o,$(wildcard kernels/cuda/*.cu))
 $(out)/libquartermoon_cuda.so: $(objects)
-	@echo Linking quartermoon_cuda
-	@$(NVCC) -shared OPTIONS -o $@ $^ -lcublasLt -lcublas -lcusolver -Xlinker=-z,nodelete
+> @echo Linking quartermoon_cuda
+> @$(NVCC) -shared OPTIONS -o $@ $^ -lcublasLt -lcublas -lcusolver -Xlinker=-z,nodelete
 $(out)/cuda/%.o: kernels/cuda/%.cu build/make/cuda.make
-	@mkdir -p $(@D)
-	@echo $(notdir $<)
-	@$(NVCC) OPTIONS -MMD -c -o $@ $<
+> @mkdir -p $(@D)
+> @echo $(notdir $<)
+> @$(NVCC) OPTIONS -MMD -c -o $@ $<
 -include $(objects:.o=.d)
 ]]
 os.execute("mkdir -p build/make")
 local file = io.open("build/make/cuda.make", "r")
 local before = file and file:read("*a")
 if file then file:close() end
-makefile = makefile:gsub("OPTIONS", table.concat(nvcc_options, " "))
+makefile = makefile:gsub("\n> ", "\n\t"):gsub("OPTIONS", table.concat(nvcc_options, " "))
 if makefile ~= before then -- a new date would compile everything again
   file = io.open("build/make/cuda.make", "w")
   file:write(makefile)

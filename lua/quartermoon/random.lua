@@ -34,6 +34,10 @@ end
 
 ---The next draw's random bits, as the kernels take them.
 function Generator:next_noise()
+  if package.loaded["quartermoon.graph"] and package.loaded["quartermoon.graph"].recording() then
+    binding.raise("a graph is being recorded: random numbers cannot be part of it (every replay would draw the same "
+      .. "ones): draw outside and pass the tensor in")
+  end
   local noise = ffi.new("qm_noise", self.seed, self.draws, 0, ffi.C.QM_STREAM_USER)
   self.draws = (self.draws + 1) % 2 ^ 32
   return noise
