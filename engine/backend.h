@@ -195,6 +195,13 @@ typedef struct qm_mpq_update_bie_args {
   qm_adam adam;
 } qm_mpq_update_bie_args;
 
+typedef struct qm_mpq_linear_args {
+  qm_array x, out;
+  qm_mpq_view q;
+  int64_t rows;
+  int32_t transposed;
+} qm_mpq_linear_args;
+
 /* Every kernel, in the order of the header. X(name) expands once per kernel; the arguments of
 ** kernel `name` are `qm_<name>_args`. Append, never reorder. */
 #define QM_KERNEL_LIST(X)                                                                          \
@@ -229,7 +236,8 @@ typedef struct qm_mpq_update_bie_args {
   X(mpq_fit)                                                                                       \
   X(mpq_prepare)                                                                                   \
   X(mpq_update)                                                                                    \
-  X(mpq_update_bie)
+  X(mpq_update_bie)                                                                                \
+  X(mpq_linear)
 
 typedef qm_gather_args qm_scatter_add_args;
 

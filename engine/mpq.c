@@ -180,3 +180,15 @@ int32_t qm_mpq_prepare(const qm_tensor *codes, int32_t shift, int32_t mask, cons
               "argument 'shift': expected a shift within a byte and a mask of one");
   return QM__DISPATCH(call, mpq_prepare, &args);
 }
+
+int32_t qm_mpq_linear(const qm_tensor *x, const qm_mpq *q, const qm_tensor *out,
+                      int32_t transposed) {
+  qm__call call = qm__begin("qm_mpq_linear");
+  qm_mpq_linear_args args = {.transposed = transposed != 0};
+  qm__mpq(&call, q, QM__READ, QM__READ, &args.q);
+  qm__operand(&call, "x", x, transposed ? "float [M, N]" : "float [M, K]", QM__READ, &args.x);
+  qm__operand(&call, "out", out, transposed ? "float [M, K]" : "float [M, N]", QM__WRITE,
+              &args.out);
+  args.rows = args.x.shape[0];
+  return QM__DISPATCH(call, mpq_linear, &args);
+}

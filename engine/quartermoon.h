@@ -102,6 +102,7 @@ typedef struct qm_device_info {
   int32_t index;
   int32_t threads;       /* worker threads of host devices, 0 elsewhere */
   int32_t fast_bf16;     /* 1 where bf16 matrix products outrun f32 ones */
+  int32_t fused_rows;    /* up to so many, qm_mpq_linear outruns a dense weight's product */
 } qm_device_info;
 
 /* Open (or retain, when already open) device `index` of backend `name`. */
@@ -366,6 +367,11 @@ int32_t qm_mpq_update(const qm_mpq *q, const qm_tensor *grad, const qm_tensor *e
 ** NULL). zeros are updated in place. f32 arithmetic, rounded to the moments' type after each op. */
 int32_t qm_mpq_update_bie(const qm_mpq *q, const qm_tensor *grad, const qm_tensor *exp_avg,
                           const qm_tensor *exp_avg_sq, const qm_adam *adam);
+/* For few rows: out = x W, or with transposed != 0 x W^T, straight from the codes. x float [M, K],
+** out float [M, N] (transposed: [M, N] and [M, K]); W as QM_DECODE_CODES has it, in f32 or rounded
+** to x's type, whichever a backend multiplies; sums in f32, in an order that the shapes fix. */
+int32_t qm_mpq_linear(const qm_tensor *x, const qm_mpq *q, const qm_tensor *out,
+                      int32_t transposed);
 
 /* ---- files ---- */
 

@@ -1,4 +1,6 @@
 local qm = require("quartermoon")
+local binding = require("quartermoon.ffi")
+local mpq = require("spec.support.mpq")
 local testing = require("spec.support.testing")
 
 describe("qm.qlinear", function()
@@ -40,6 +42,29 @@ describe("qm.qlinear", function()
     end)
   end
 
+  it("is the same layer on either side of the rule for few rows", function()
+    local q = parameter(64, 32, { group_size = 32 }):to(testing.device)
+    local x, dout = qm.randn({ 65, 64 }):requires_gradient(), qm.randn({ 65, 32 })
+    local many = qm.qlinear(x, q)
+    many:backward(dout)
+    for first = 1, 65, 13 do
+      local few_x = x:to("f32"):narrow(first, 13):clone():requires_gradient()
+      local few = qm.qlinear(few_x, q)
+      testing.assert_close(many:narrow(first, 13), few, 1e-5)
+      few:backward(dout:narrow(first, 13))
+      testing.assert_close(x.grad:narrow(first, 13), few_x.grad, 1e-5)
+    end
+  end)
+
+  it("gathers its gradient in bf16 where the parameter says so", function()
+    local q = parameter(32, 32, { grad_dtype = "bf16" }):to(testing.device)
+    local x, dout = qm.randn({ 4, 32 }), qm.randn({ 4, 32 })
+    for _ = 1, 2 do qm.qlinear(x, q):backward(dout) end
+    assert.equal("bf16", q.privileged_grad.dtype)
+    testing.assert_close(qm.matmul(x, dout, { trans_a = true }) * 2, q.privileged_grad, 1e-2)
+    assert.error_matches(function() parameter(32, 32, { grad_dtype = "i8" }) end, "argument 'grad_dtype'", 1, true)
+  end)
+
   it("has the gradients that central differences show", function()
     local q = parameter(32, 32)
     local options = { device = "reference", requires_grad = true }
@@ -78,5 +103,101 @@ describe("qm.qlinear", function()
       .. "matrix of K=32 columns, for qm.QParam 32 x 32, 4 bit asym, group 64, got qm.Tensor f32 [2, 31]", 1, true)
     assert.error_matches(function() qm.qlinear(qm.ones({ 2, 32 }), qm.ones({ 32, 32 })) end,
       "argument 'q': expected a qm.QParam", 1, true)
+  end)
+end)
+
+describe("qm_mpq_linear", function()
+  local FUSED = { f32 = 1e-5, f16 = 4e-3, bf16 = 3e-2 } -- W may be rounded to x's type, out is
+
+  ---x W or x W^T, from x on any device; with `skip`, x and out begin so many elements into their memory.
+  local function product(x, q, transposed, skip)
+    skip = skip or 0
+    local device, m, columns = q.data.device, x.shape[1], q.shape[transposed and 1 or 2]
+    local memory = qm.zeros({ skip + m * x.shape[2] }, { dtype = x.dtype, device = device })
+    local from = memory:narrow(skip + 1, m * x.shape[2]):reshape(unpack(x.shape))
+    from:copy(x:to(device))
+    local out = qm.full({ skip + m * columns }, 0 / 0, { dtype = x.dtype, device = device })
+      :narrow(skip + 1, m * columns):reshape(m, columns)
+    binding.check(binding.lib.qm_mpq_linear(from.desc, q:descriptor("product"), out.desc,
+      transposed and 1 or 0), "product")
+    return out
+  end
+
+  local function parity(q, dtype, rows, skip)
+    local there = q:to(testing.device)
+    for _, transposed in ipairs({ false, true }) do
+      local x = qm.randn({ rows, q.shape[transposed and 2 or 1] }, { device = "reference" }):to(dtype)
+      local what = ("%s, %d rows of %s, transposed %s, skip %d"):format(tostring(q), rows, dtype, tostring(transposed),
+        skip or 0)
+      testing.assert_close(product(x, q, transposed), product(x, there, transposed, skip), FUSED[dtype], what)
+    end
+    there:free()
+  end
+
+  it("is the product with the dequantized weight", function()
+    local q = mpq.random(64, 32, { w_bit = 4, group_size = 32 })
+    local w = q:dequantize("f32")
+    local x, dy = qm.randn({ 3, 64 }, { device = "reference" }), qm.randn({ 3, 32 }, { device = "reference" })
+    local there = q:to(testing.device)
+    testing.assert_close(qm.matmul(x, w), product(x, there, false), 1e-5)
+    testing.assert_close(qm.matmul(dy, w, { trans_b = true }), product(dy, there, true), 1e-5)
+  end)
+
+  for _, w_bit in ipairs({ 1, 2, 4, 8 }) do
+    it("equals the reference with codes of " .. w_bit .. " bits", function()
+      for _, asym in ipairs({ true, false }) do
+        for _, dtype in ipairs({ "f32", "f16", "bf16" }) do
+          local rows = ({ f32 = 3, f16 = 5, bf16 = 9 })[dtype]
+          parity(mpq.random(160, 96, { w_bit = w_bit, asym = asym, group_size = 32, dtype = "f16" }), dtype, rows)
+          parity(mpq.random(96, 160, { w_bit = w_bit, asym = asym, group_size = -1, dtype = dtype }), dtype, 2)
+        end
+      end
+    end)
+  end
+
+  it("takes any number of rows, and shapes that fill no block", function()
+    for _, rows in ipairs({ 0, 1, 7, 8, 16, 17, 31, 33, 64, 65 }) do
+      parity(mpq.random(288, 224, { group_size = 64, dtype = "bf16" }), "bf16", rows)
+    end
+    for _, n in ipairs({ 1, 3, 37, 131 }) do
+      parity(mpq.random(32 + 64 * (n % 3), n, { asym = false, group_size = 48 }), "bf16", n % 19 + 1)
+    end
+    parity(mpq.random(544, 352, { group_size = 128 }), "f16", 11)
+  end)
+
+  it("follows g_idx and q_perm", function()
+    for _, dtype in ipairs({ "f32", "bf16" }) do
+      parity(mpq.random(96, 64, { group_size = 32, g_idx = mpq.random_groups(96, 3) }), dtype, 4)
+      parity(mpq.random(96, 64, { group_size = 32, asym = false, q_perm = mpq.permutation(96) }), dtype, 4)
+    end
+  end)
+
+  it("takes operands that begin anywhere", function()
+    for _, dtype in ipairs({ "f32", "f16", "bf16" }) do
+      parity(mpq.random(128, 96, { group_size = 64 }), dtype, 6, 1)
+      parity(mpq.random(128, 96, { group_size = 64 }), dtype, 6, 3)
+    end
+  end)
+
+  it("gives the same bits every time", function()
+    local q = mpq.random(512, 256, { group_size = 128 }):to(testing.device)
+    for _, transposed in ipairs({ false, true }) do
+      for _, rows in ipairs({ 1, 16, 40 }) do
+        local x = qm.randn({ rows, q.shape[transposed and 2 or 1] }):to("bf16")
+        local first = product(x, q, transposed)
+        for _ = 1, 5 do testing.assert_equal(first, product(x, q, transposed)) end
+      end
+    end
+  end)
+
+  it("says which argument is wrong, what it wanted and what it got", function()
+    local q = mpq.random(64, 32):to(testing.device)
+    local x, out = qm.ones({ 3, 64 }, { device = testing.device }), qm.ones({ 3, 31 }, { device = testing.device })
+    assert.error_matches(function()
+      binding.check(binding.lib.qm_mpq_linear(x.desc, q:descriptor("x"), out.desc, 0), "product")
+    end, "argument 'out': expected float [M=3, N=32], got f32 [3, 31]", 1, true)
+    assert.error_matches(function()
+      binding.check(binding.lib.qm_mpq_linear(x.desc, q:descriptor("x"), out.desc, 1), "product")
+    end, "argument 'x': expected float [M, N=32], got f32 [3, 64]", 1, true)
   end)
 end)

@@ -169,6 +169,7 @@ static void describe(void *context, qm_device_info *out) {
   const qm_cuda *cuda = (const qm_cuda *)context;
   snprintf(out->description, sizeof out->description, "%s", cuda->description);
   out->fast_bf16 = 1;
+  out->fused_rows = 64;
 }
 
 static qm_backend backend;

@@ -62,6 +62,7 @@ static void describe(void *context, qm_device_info *out) {
   (void)context;
   snprintf(out->description, sizeof out->description, "plain C, one thread: the oracle");
   out->threads = 1;
+  out->fused_rows = 64;
 }
 
 const qm_backend *qm_reference_backend(const qm_host *host) {

@@ -81,12 +81,13 @@ function Device:reset_peak() binding.check(lib.qm_device_reset_peak(self.handle)
 ---Give cached blocks back to the system.
 function Device:empty_cache() binding.check(lib.qm_device_empty_cache(self.handle), "device:empty_cache") end
 
----What the hardware is: description, threads (host devices), fast_bf16.
+---What the hardware is: description, threads (host devices), fast_bf16, fused_rows (up to so many, a
+---product with a quantized weight runs straight from its codes).
 function Device:info()
   local info = ffi.new("qm_device_info")
   binding.check(lib.qm_device_get_info(self.handle, info), "device:info")
   return { name = ffi.string(info.name), index = info.index, description = ffi.string(info.description),
-    threads = info.threads, fast_bf16 = info.fast_bf16 ~= 0 }
+    threads = info.threads, fast_bf16 = info.fast_bf16 ~= 0, fused_rows = info.fused_rows }
 end
 
 function Device.describe(device) return "device " .. tostring(device) end

@@ -22,7 +22,8 @@ local lib = binding.lib
 ---@field g_idx qm.Tensor|nil   i32 [K]: each feature's group; without it feature k is in k div group_size
 ---@field q_perm qm.Tensor|nil  i32 [K]: the feature of each packed row; without it they are in order
 ---@field residual qm.Tensor|nil  i32 [K * residual_bits / 32, N]: what the codes lose, see update
----@field privileged_grad qm.Tensor|nil  f32 [K, N]: gradient of the dequantized weight, accumulates
+---@field privileged_grad qm.Tensor|nil  [K, N]: gradient of the dequantized weight, accumulates
+---@field grad_dtype string  its type: "f32", or "bf16", which rounds every sum
 ---@field shape integer[]    { K, N }
 ---@field w_bit integer      1, 2, 4 or 8
 ---@field group_size integer rows of K to a group
@@ -107,7 +108,7 @@ local function normalise_indices(self)
 end
 
 local PARTS = { w_bit = check.required, asym = false, group_size = check.required, layer_type = check.optional,
-  residual_bits = 0, requires_grad = true, id = check.optional, name = check.optional,
+  residual_bits = 0, requires_grad = true, grad_dtype = "f32", id = check.optional, name = check.optional,
   q_group_map = check.optional, rows = check.optional }
 for _, field in ipairs(TENSORS) do PARTS[field] = check.optional end
 PARTS.data = check.required
@@ -119,7 +120,7 @@ PARTS.data = check.required
 ---double quantization instead of scales and zeros, call `prepare` next.
 ---
 ---@param parts table  data, scales, zeros, g_idx, q_perm, w_bit, asym = false, group_size, layer_type,
----   residual, residual_bits = 0, requires_grad = true, id, name; see the class
+---   residual, residual_bits = 0, requires_grad = true, grad_dtype = "f32", id, name; see the class
 ---@return qm.QParam
 ---@raise when a type, a shape, an index or the permutation does not fit
 function QParam.new(parts)
@@ -128,6 +129,7 @@ function QParam.new(parts)
   check.desc(name, "data", self.data)
   check.one_of(name, "w_bit", self.w_bit, { 1, 2, 4, 8 })
   check.type(name, "asym", self.asym, "boolean")
+  check.one_of(name, "grad_dtype", self.grad_dtype, { "f32", "bf16" })
   check.integer(name, "group_size", self.group_size, -1)
   if self.q_group_map then
     binding.raise(name .. ": argument 'q_group_map': mixed bit widths are not trainable: expected one width")

@@ -12,7 +12,7 @@ local M = {}
 
 local QUANTIZE_OPTIONS = { w_bit = 4, group_size = 64, asym = true, dtype = "f16", method = "minmax", range = 1,
   residual_bits = 0, g_idx = check.optional, q_perm = check.optional, layer_type = check.optional,
-  requires_grad = true, id = check.optional, name = check.optional }
+  requires_grad = true, grad_dtype = "f32", id = check.optional, name = check.optional }
 
 ---Quantize a dense weight: fit a grid, round to it.
 ---
@@ -26,7 +26,7 @@ local QUANTIZE_OPTIONS = { w_bit = 4, group_size = 64, asym = true, dtype = "f16
 ---   range = 1              multiplies the span
 ---   residual_bits = 0      4 or 8: keep what the codes lose, for feedback = "residual"
 ---   g_idx, q_perm          i32 [K], see the class; owned by the parameter from now on
----   layer_type, requires_grad = true, id, name
+---   layer_type, requires_grad = true, grad_dtype = "f32", id, name
 ---@return qm.QParam
 ---@raise when a shape or an option does not fit
 function M.quantize(w, options)
@@ -57,7 +57,7 @@ function M.quantize(w, options)
     g_idx = o.g_idx, q_perm = o.q_perm, w_bit = o.w_bit, asym = o.asym, group_size = size, layer_type = o.layer_type,
     residual_bits = o.residual_bits,
     residual = o.residual_bits > 0 and empty(k * o.residual_bits / 32, n, "i32") or nil,
-    requires_grad = o.requires_grad, id = o.id, name = o.name,
+    requires_grad = o.requires_grad, grad_dtype = o.grad_dtype, id = o.id, name = o.name,
   } end)
   local ok, message = pcall(function() q:fit(w, o.method, o.range):pack(w) end)
   if ok then return q end

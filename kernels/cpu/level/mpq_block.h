@@ -66,4 +66,42 @@ static inline float qm_mpq_floor(float x) {
   return rounded > x ? rounded - 1.0f : rounded;
 }
 
+/* code * scale - zero, rounded once. Up to 8 bits times a 16-bit float is exact in f32, so that the
+** old levels, where fma is a library call, need it for f32 scales alone. */
+static inline float qm_mpq_decode_sym(float code, float scale, float zero, int exact_product) {
+#if !defined(__FMA__) && !defined(__aarch64__)
+  if (exact_product) return code * scale - zero;
+#else
+  (void)exact_product;
+#endif
+  return __builtin_fmaf(code, scale, -zero);
+}
+
+/* Packed row p of the block, decoded. */
+static inline void qm_mpq_decode_row(float *restrict out, const qm_mpq_view *q,
+                                     const qm_mpq_block *block, int64_t p, int with_residual) {
+  const uint32_t *restrict words = qm_mpq_words(q->data.data, q->w_bit, q, block, p);
+  const float *restrict scale = block->scale, *restrict zero = block->zero;
+  const int32_t shift = q->w_bit * (int32_t)(p % (32 / q->w_bit));
+  const uint32_t mask = qm_mpq_mask(q->w_bit);
+  const int64_t n = block->count;
+  for (int64_t j = 0; j < n; j++) out[j] = (float)(int32_t)(words[j] >> shift & mask);
+  if (with_residual) {
+    const qm_mpq_span span = qm_mpq_span_of(q);
+    const uint32_t *restrict rest = qm_mpq_words(q->residual.data, span.bits, q, block, p);
+    const int32_t rest_shift = span.bits * (int32_t)(p % (32 / span.bits));
+    const uint32_t rest_mask = qm_mpq_mask(span.bits);
+    const float step = 1.0f / span.unit; /* a power of two */
+    for (int64_t j = 0; j < n; j++)
+      out[j] += (float)((int32_t)(rest[j] >> rest_shift & rest_mask) - span.half) * step;
+  }
+  const int exact_product = q->scales.dtype != QM_F32 && !with_residual;
+  if (q->asym)
+    for (int64_t j = 0; j < n; j++) out[j] = scale[j] * (out[j] - zero[j]);
+  else if (exact_product)
+    for (int64_t j = 0; j < n; j++) out[j] = qm_mpq_decode_sym(out[j], scale[j], zero[j], 1);
+  else
+    for (int64_t j = 0; j < n; j++) out[j] = qm_mpq_decode_sym(out[j], scale[j], zero[j], 0);
+}
+
 #endif

@@ -1,13 +1,31 @@
 ---The linear layer over a quantized weight.
 
+local binding = require("quartermoon.ffi")
 local check = require("quartermoon.check")
 local autograd = require("quartermoon.autograd")
 local product = require("quartermoon.product")
 local scopes = require("quartermoon.scope")
 local tensors = require("quartermoon.tensor")
+local lib = binding.lib
 local record, needs_grad = autograd.record, autograd.needs_grad
 
 local M = {}
+
+---Whether a product runs straight from the codes: for few rows. For more, a dense weight that lives no
+---longer than the product is faster; the device knows from where on.
+local fused_rows = setmetatable({}, { __mode = "k" })
+local function is_fused(x)
+  local device = x.device
+  if not fused_rows[device] then fused_rows[device] = device:info().fused_rows end
+  return x.shape[1] <= fused_rows[device]
+end
+
+---x W, or with `transposed` x W^T, straight from the codes: a new tensor of x's type.
+local function fused(name, x, q, transposed)
+  local out = tensors.empty({ x.shape[1], q.shape[transposed and 1 or 2] }, { dtype = x.dtype, device = x.device })
+  binding.check(lib.qm_mpq_linear(x.desc, q:descriptor(name), out.desc, transposed and 1 or 0), name, out)
+  return out
+end
 
 ---Run `body` on the dense weight in x's type, which lives no longer than that.
 local function with_weight(q, dtype, body)
@@ -17,17 +35,30 @@ local function with_weight(q, dtype, body)
   return result
 end
 
----privileged_grad += x^T dout, f32.
+local function multiply(name, x, q)
+  if is_fused(x) then return fused(name, x, q, false) end
+  local y = tensors.empty({ x.shape[1], q.shape[2] }, { dtype = x.dtype, device = x.device })
+  return with_weight(q, x.dtype, function(w) return product.gemm(name, x, w, y, false, false) end)
+end
+
+local function input_gradient(name, x, q, dout)
+  if not needs_grad(x) then return nil end
+  if is_fused(x) then return fused(name, dout, q, true) end
+  return with_weight(q, x.dtype, function(w) return product.gradient(name, x, dout, w, false, true) end)
+end
+
+---privileged_grad += x^T dout, in f32 or, where q.grad_dtype says so, in bf16.
 local function gather_gradient(name, q, x, dout)
   local beta = q.privileged_grad and 1 or 0
-  local sum = q.privileged_grad or tensors.empty(q.shape, { device = x.device })
+  local sum = q.privileged_grad or tensors.empty(q.shape, { dtype = q.grad_dtype, device = x.device })
   q.privileged_grad = product.gemm(name, x, dout, sum, true, false, beta):keep()
 end
 
 ---Linear layer over a quantized weight: `x W (+ bias)`, W the K x N dequantized weight.
 ---
----The dense weight exists only while a product runs, in forward and again in backward. Backward adds
----`x^T dy` to `q.privileged_grad` (f32 [K, N]) when `q.requires_grad`.
+---Few rows are multiplied straight from the codes; for many the dense weight exists while a product
+---runs, in forward and again in backward. Backward adds `x^T dy` to `q.privileged_grad` ([K, N] of
+---`q.grad_dtype`) when `q.requires_grad`.
 ---
 ---@param x qm.Tensor  float [R, K]
 ---@param q qm.QParam  of shape { K, N }
@@ -43,14 +74,10 @@ function M.qlinear(x, q, bias)
   end
   product.check_bias(name, bias, q.shape[2])
   local out = scopes.guard(function()
-    local y = tensors.empty({ x.shape[1], q.shape[2] }, { dtype = x.dtype, device = x.device })
-    with_weight(q, x.dtype, function(w) product.gemm(name, x, w, y, false, false) end)
-    return product.add_bias(name, bias, y)
+    return product.add_bias(name, bias, multiply(name, x, q))
   end)
   return record("qlinear", { x, q, bias or false }, { out }, {}, function(dout)
-    local dx = needs_grad(x) and with_weight(q, x.dtype, function(w)
-      return product.gradient(name, x, dout, w, false, true)
-    end) or nil
+    local dx = input_gradient(name, x, q, dout)
     if q.requires_grad then gather_gradient(name, q, x, dout) end
     return dx, nil, product.bias_gradient(name, bias, dout)
   end)
