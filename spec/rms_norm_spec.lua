@@ -13,6 +13,10 @@ local function run(x, weight, dout)
   return out, x.grad, weight.grad
 end
 
+-- Odd sizes; rows of one, two and four packs a thread on a GPU, and some too long for registers.
+local SHAPES = { { 1, 7 }, { 3, 5 }, { 7, 515 }, { 130, 96 }, { 67, 1030 }, { 0, 4 }, { 9, 2056 }, { 1500, 768 },
+  { 5, 5000 }, { 3, 20480 } }
+
 describe("qm.rms_norm", function()
   it("divides each row by its root mean square", function()
     local out = qm.rms_norm(qm.tensor({ { 3, 4 }, { 0, 2 } }), qm.tensor({ 1, 10 }), 0):totable()
@@ -31,7 +35,7 @@ describe("qm.rms_norm", function()
   local tolerance = { f32 = 2e-6, bf16 = 2 ^ -8, f16 = 2 ^ -10 }
   for _, dtype in ipairs({ "f32", "bf16", "f16" }) do
     it("and its gradient equal the reference in " .. dtype .. ", on odd sizes", function()
-      for _, shape in ipairs({ { 1, 7 }, { 3, 5 }, { 7, 515 }, { 130, 96 }, { 67, 1030 }, { 0, 4 } }) do
+      for _, shape in ipairs(SHAPES) do
         local x = qm.randn(shape, reference, 0.5, 3):to(dtype)
         local weight = qm.randn({ shape[2] }, reference):to(dtype == "f16" and "f16" or "f32")
         local dout = qm.randn(shape, reference):to(dtype)
@@ -42,6 +46,16 @@ describe("qm.rms_norm", function()
       end
     end)
   end
+
+  it("takes rows that begin anywhere", function()
+    for _, columns in ipairs({ 64, 515 }) do
+      local x, dout = qm.randn({ 9, columns }, reference):to("bf16"), qm.randn({ 9, columns }, reference):to("bf16")
+      local expected, actual = testing.both({ x, qm.randn({ columns }, reference), dout }, run, testing.shifted)
+      for i, name in ipairs({ "out", "dx", "dweight" }) do
+        testing.assert_close(expected[i], actual[i], name == "dweight" and 1e-5 or tolerance.bf16, name)
+      end
+    end
+  end)
 
   it("has the gradient that central differences show", function()
     testing.check_gradients(function(x, weight) return qm.rms_norm(x, weight, 0.1) end,
@@ -78,11 +92,12 @@ describe("qm.add_rms_norm", function()
 
   for _, dtype in ipairs({ "f32", "bf16" }) do
     it("equals the reference in " .. dtype, function()
-      local x = qm.randn({ 9, 77 }, reference):to(dtype)
-      local residual = qm.randn({ 9, 77 }, reference):to(dtype)
-      local expected, actual = testing.both({ x, residual, qm.randn({ 77 }, reference) }, qm.add_rms_norm)
-      testing.assert_close(expected[1], actual[1], dtype == "f32" and 1e-6 or 2 ^ -8)
-      testing.assert_equal(expected[2], actual[2], "sum")
+      for _, shape in ipairs({ { 9, 77 }, { 31, 768 }, { 2, 12288 } }) do
+        local x, residual = qm.randn(shape, reference):to(dtype), qm.randn(shape, reference):to(dtype)
+        local expected, actual = testing.both({ x, residual, qm.randn({ shape[2] }, reference) }, qm.add_rms_norm)
+        testing.assert_close(expected[1], actual[1], dtype == "f32" and 2e-6 or 2 ^ -8)
+        testing.assert_equal(expected[2], actual[2], "sum")
+      end
     end)
   end
 

@@ -25,11 +25,14 @@ describe("qm.rope", function()
 
   for _, dtype in ipairs({ "f32", "bf16", "f16" }) do
     it("equals the reference in " .. dtype .. ", on odd sizes", function()
-      for _, shape in ipairs({ { 1, 1, 2 }, { 5, 3, 6 }, { 37, 4, 64 }, { 9, 2, 130 }, { 3, 1, 1030 }, { 0, 2, 4 } }) do
+      for _, shape in ipairs({ { 1, 1, 2 }, { 5, 3, 6 }, { 37, 4, 64 }, { 9, 2, 130 }, { 3, 1, 1030 }, { 0, 2, 4 },
+        { 60, 32, 128 }, { 19, 9, 80 }, { 2, 300, 16 } }) do
         local cos, sin = qm.rope_tables(shape[3], 11, 10000, reference)
         local x = qm.randn(shape, reference):to(dtype)
-        local expected, actual = testing.both({ x, cos, sin, scrambled(shape[1], 11) }, qm.rope)
-        testing.assert_close(expected[1], actual[1], dtype == "f32" and 1e-6 or 2 ^ -8)
+        for _, move in ipairs({ false, testing.shifted }) do
+          local expected, actual = testing.both({ x, cos, sin, scrambled(shape[1], 11) }, qm.rope, move)
+          testing.assert_close(expected[1], actual[1], dtype == "f32" and 1e-6 or 2 ^ -8)
+        end
       end
     end)
   end

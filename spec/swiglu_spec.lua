@@ -1,6 +1,15 @@
 local qm = require("quartermoon")
 local testing = require("spec.support.testing")
 
+---Forward and backward: out, dgate, dup.
+local function run(gate, up, dout)
+  gate:requires_gradient()
+  up:requires_gradient()
+  local out = qm.swiglu(gate, up)
+  out:backward(dout)
+  return out, gate.grad, up.grad
+end
+
 describe("qm.swiglu", function()
   it("is silu(gate) * up", function()
     local out = qm.swiglu(qm.tensor({ 0, 1, -2 }), qm.tensor({ 5, 2, 3 })):totable()
@@ -10,12 +19,18 @@ describe("qm.swiglu", function()
   end)
 
   for _, dtype in ipairs({ "f32", "bf16", "f16" }) do
-    it("equals the reference in " .. dtype .. ", on odd sizes", function()
-      for _, shape in ipairs({ { 1 }, { 3, 5 }, { 7, 515 } }) do
+    it("and its gradients equal the reference in " .. dtype .. ", on odd sizes", function()
+      for _, shape in ipairs({ { 1 }, { 3, 5 }, { 7, 515 }, { 0, 3 }, { 300, 1031 } }) do
         local gate = qm.randn(shape, { device = "reference" }, 0, 4):to(dtype)
         local up = qm.randn(shape, { device = "reference" }):to(dtype)
-        local expected, actual = testing.both({ gate, up }, qm.swiglu)
-        testing.assert_close(expected[1], actual[1], dtype == "f32" and 1e-6 or 1e-2)
+        local dout = qm.randn(shape, { device = "reference" }):to(dtype)
+        for _, move in ipairs({ false, testing.shifted }) do
+          local expected, actual = testing.both({ gate, up, dout }, run, move)
+          for i, name in ipairs({ "out", "dgate", "dup" }) do
+            testing.assert_close(expected[i], actual[i], dtype == "f32" and 1e-6 or 2 ^ -8, name)
+          end
+          for _, tensor in ipairs({ gate, up }) do tensor:zero_grad() end
+        end
       end
     end)
   end

@@ -192,6 +192,9 @@ extern "C" __attribute__((visibility("default"))) const qm_backend *qm_backend_e
   kernels->attention = qm_cuda_attention;
   kernels->attention_backward = qm_cuda_attention_backward;
   kernels->fill = qm_cuda_fill;
+  kernels->rms_norm = qm_cuda_rms_norm;
+  kernels->rms_norm_backward = qm_cuda_rms_norm_backward;
+  kernels->rope = qm_cuda_rope;
   kernels->swiglu = qm_cuda_swiglu;
   kernels->swiglu_backward = qm_cuda_swiglu_backward;
   return &backend;

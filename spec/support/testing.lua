@@ -32,13 +32,21 @@ function M.assert_equal(expected, actual, what)
   end
 end
 
+---A copy on the device under test that begins one element behind an aligned address.
+function M.shifted(x)
+  local count = x:count()
+  local room = qm.empty({ count + 1 }, { dtype = x.dtype, device = M.device })
+  return room:view_rows("shifted", 2, count):view_as("shifted", x.shape):copy(x)
+end
+
 ---The same call on the reference backend and on the device under test.
 ---@param inputs qm.Tensor[]  on the reference device
 ---@param call function  (tensors...) -> tensors
+---@param move function|nil  how an input gets to the device, default `:to`; see M.shifted
 ---@return table expected, table actual  lists of tensors
-function M.both(inputs, call)
+function M.both(inputs, call, move)
   local moved = {}
-  for i, input in ipairs(inputs) do moved[i] = input:to(M.device) end
+  for i, input in ipairs(inputs) do moved[i] = move and move(input) or input:to(M.device) end
   return { call(unpack(inputs)) }, { call(unpack(moved)) }
 end
 
