@@ -37,6 +37,8 @@ local CASES = {
   { q = { 20, 40, 7 }, k = { 30, 70, 0 }, h = 2, hk = 2, d = 96, options = { causal = false, scale = 0.3 } },
   { q = { 150 }, k = { 150 }, h = 2, hk = 1, d = 64, options = { window = 37 } },
   { q = { 150 }, k = { 170 }, h = 1, hk = 1, d = 128, options = { window = 3 } },
+  { q = { 1, 130, 257, 64 }, k = { 1, 130, 300, 64 }, h = 4, hk = 2, d = 128, options = { window = 100 } },
+  { q = { 200, 65 }, k = { 260, 65 }, h = 6, hk = 2, d = 64, options = { causal = false } },
   { q = { 90 }, k = { 99 }, h = 1, hk = 1, d = 130, options = { window = 64, causal = false } },
 }
 

@@ -1,5 +1,6 @@
 /* attention.cu - which of the attention kernels runs; the check of the offsets. */
 #include "attention.cuh"
+#include "attention_mma.h"
 #include "attention_rows.h"
 
 /* Offsets ascend from 0 to the row count: note the first that does not. */
@@ -24,15 +25,29 @@ static int32_t check(qm_cuda *cuda, const Args *args) {
   return qm_cuda_launched(cuda, "attention");
 }
 
+/* Where the tensor cores' kernels go: whole 16-byte pieces of 16-bit elements. */
+template <typename Args>
+static bool suits_mma(const Args *args) {
+  const int64_t size = args->head_size;
+  return args->q.dtype != QM_F32 && (size == 64 || size == 80 || size == 96 || size == 128) &&
+         args->options.scale > 0.0 && qm_aligned(args->q.data, 16) &&
+         qm_aligned(args->k.data, 16) && qm_aligned(args->v.data, 16) &&
+         qm_aligned(args->out.data, 16) &&
+         (args->stride_q | args->stride_k | args->stride_v) % 8 == 0;
+}
+
 int32_t qm_cuda_attention(void *context, const qm_attention_args *args) {
   QM_CUDA_ENTER(context);
   if (args->sequences == 0 || args->rows_q == 0) return QM_OK;
   if (const int32_t status = check(cuda, args)) return status;
-  return qm_cuda_attention_rows(cuda, args);
+  return suits_mma(args) ? qm_cuda_attention_mma(cuda, args) : qm_cuda_attention_rows(cuda, args);
 }
 
 int32_t qm_cuda_attention_backward(void *context, const qm_attention_backward_args *args) {
   QM_CUDA_ENTER(context);
   if (args->sequences == 0) return QM_OK;
-  return qm_cuda_attention_backward_rows(cuda, args);
+  const bool aligned = qm_aligned(args->dout.data, 16) && qm_aligned(args->dq.data, 16) &&
+                       qm_aligned(args->dk.data, 16) && qm_aligned(args->dv.data, 16);
+  return aligned && suits_mma(args) ? qm_cuda_attention_backward_mma(cuda, args)
+                                    : qm_cuda_attention_backward_rows(cuda, args);
 }

@@ -204,13 +204,25 @@ int32_t qm_cuda_attention_rows(qm_cuda *cuda, const qm_attention_args *args) {
   });
 }
 
+int32_t qm_cuda_attention_delta(qm_cuda *cuda, const qm_attention_backward_args *args,
+                                float **delta) {
+  const int64_t rows = args->rows_q * args->heads;
+  const int32_t status = qm_cuda_scratch(cuda, rows * (int64_t)sizeof **delta, (void **)delta);
+  if (status != QM_OK || rows == 0) return status;
+  return qm_with_float(args->q.dtype, [&](auto element) {
+    using T = decltype(element);
+    products<T><<<(unsigned)qm_ceil_div(rows, WARPS), WARPS * 32, 0, cuda->compute>>>(
+        (const T *)args->dout.data, (const T *)args->out.data, *delta, rows,
+        (int32_t)args->head_size);
+    return qm_cuda_launched(cuda, "attention_backward");
+  });
+}
+
 int32_t qm_cuda_attention_backward_rows(qm_cuda *cuda, const qm_attention_backward_args *args) {
   const qm_attention_shape shape = qm_attention_shape_of(args);
   const int64_t rows_q = args->rows_q * args->heads, rows_k = args->rows_k * args->kv_heads;
   float *delta;
-  if (const int32_t status =
-          qm_cuda_scratch(cuda, rows_q * (int64_t)sizeof *delta, (void **)&delta))
-    return status;
+  if (const int32_t status = qm_cuda_attention_delta(cuda, args, &delta)) return status;
   return qm_with_float(args->q.dtype, [&](auto element) {
     using T = decltype(element);
     const gradients<T> g = {(const T *)args->dout.data,

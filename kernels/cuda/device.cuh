@@ -38,6 +38,11 @@ int32_t qm_with_float(int32_t dtype, Body body) {
   }
 }
 
+/* The same for the 16-bit ones. */
+template <typename Body> int32_t qm_with_half(int32_t dtype, Body body) {
+  return dtype == QM_F16 ? body(__half{}) : body(__nv_bfloat16{});
+}
+
 /* N elements that move as one access of N * sizeof(T) bytes. */
 template <typename T, int N>
 struct alignas(sizeof(T) * N) qm_pack {
