@@ -86,6 +86,7 @@ typedef struct qm_softmax_args {
 
 typedef struct qm_gemm_args {
   qm_array a, b, out;
+  qm_array bias; /* float [n], added to every row, or none; not with a batch */
   int64_t batch, m, k, n;
   int32_t trans_a, trans_b;
   double alpha, beta;

@@ -22,6 +22,21 @@ int32_t qm_gemm(const qm_tensor *a, const qm_tensor *b, const qm_tensor *out, in
   args.trans_b = trans_b != 0;
   args.alpha = alpha;
   args.beta = beta;
+  args.bias = (qm_array){0};
+  return QM__DISPATCH(call, gemm, &args);
+}
+
+int32_t qm_linear(const qm_tensor *x, const qm_tensor *weight, const qm_tensor *bias,
+                  const qm_tensor *out) {
+  qm__call call = qm__begin("qm_linear");
+  qm_gemm_args args = {.batch = 1, .alpha = 1.0};
+  qm__operand(&call, "x", x, "float [M, K]", QM__READ, &args.a);
+  qm__operand(&call, "weight", weight, "=x [K, N]", QM__READ, &args.b);
+  if (bias != NULL) qm__operand(&call, "bias", bias, "float [N]", QM__READ, &args.bias);
+  qm__operand(&call, "out", out, "float [M, N]", QM__WRITE, &args.out);
+  args.m = qm__size(&call, "M");
+  args.k = qm__size(&call, "K");
+  args.n = qm__size(&call, "N");
   return QM__DISPATCH(call, gemm, &args);
 }
 

@@ -214,6 +214,10 @@ int32_t qm_softmax(const qm_tensor *x, const qm_tensor *out);
 ** with one leading batch dimension each. a and b of one float type; out float. f32 accumulation. */
 int32_t qm_gemm(const qm_tensor *a, const qm_tensor *b, const qm_tensor *out, int32_t trans_a,
                 int32_t trans_b, double alpha, double beta);
+/* out = x weight + bias. x [M, K], weight [K, N] of one float type; out float [M, N]; bias [N]
+** float, or NULL. f32 accumulation. */
+int32_t qm_linear(const qm_tensor *x, const qm_tensor *weight, const qm_tensor *bias,
+                  const qm_tensor *out);
 /* Thin singular value decomposition a = u diag(s) vt, s descending; f32.
 ** a [M, N], u [M, R], s [R], vt [R, N], R = min(M, N). Signs are arbitrary. */
 int32_t qm_svd(const qm_tensor *a, const qm_tensor *u, const qm_tensor *s, const qm_tensor *vt);

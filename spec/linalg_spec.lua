@@ -168,6 +168,28 @@ describe("qm.linear", function()
     assert.same({ { 11, 22, 30 }, { 13, 24, 32 } }, qm.linear(x, weight, qm.tensor({ 10, 20, 30 })):totable())
   end)
 
+  for dtype, tolerance in pairs({ f32 = 1e-5, bf16 = 2 ^ -7, f16 = 2 ^ -9 }) do
+    it("equals the reference in " .. dtype .. ", with biases of either type and unaligned", function()
+      for _, size in ipairs({ { 1, 1, 1 }, { 3, 5, 7 }, { 70, 33, 130 }, { 260, 129, 65 } }) do
+        local x, weight = operands(size[1], size[2], size[3], false, false)
+        for _, bias_dtype in ipairs({ "f32", dtype }) do
+          local bias = qm.randn({ size[3] + 1 }, { device = "reference" }):to(bias_dtype)
+          local expected, actual = testing.both({ x:to(dtype), weight:to(dtype), bias }, function(a, b, c)
+            return qm.linear(a, b, c:narrow(2, size[3])), qm.linear(a, b, c:narrow(1, size[3]))
+          end)
+          testing.assert_close(expected[1], actual[1], tolerance)
+          testing.assert_close(expected[2], actual[2], tolerance)
+        end
+      end
+    end)
+  end
+
+  it("over no channels is the bias", function()
+    local out = qm.linear(qm.empty({ 2, 0 }), qm.empty({ 0, 3 }), qm.tensor({ 1, 2, 3 }))
+    assert.same({ { 1, 2, 3 }, { 1, 2, 3 } }, out:totable())
+    assert.same({ { 0 } }, qm.linear(qm.empty({ 1, 0 }), qm.empty({ 0, 1 })):totable())
+  end)
+
   it("lets f32 weights meet 16-bit activations, and sums their gradient in f32", function()
     local x = qm.randn({ 6, 5 }):to("bf16"):requires_gradient()
     local weight = qm.randn({ 5, 4 }, { requires_grad = true })

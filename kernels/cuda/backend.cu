@@ -109,6 +109,7 @@ static void close_device(void *context) {
     cudaFree(retired->memory);
     free(retired);
   }
+  qm_cuda_gemm_close(cuda);
   cudaFree(cuda->scratch);
   cudaFreeHost(cuda->late);
   if (cuda->copy != NULL) cudaStreamDestroy(cuda->copy);
@@ -142,7 +143,7 @@ static int32_t open_parts(void *context) {
   snprintf(cuda->description, sizeof cuda->description,
            "%.120s, compute capability %d.%d, %.0f GiB", properties.name, properties.major,
            properties.minor, (double)properties.totalGlobalMem / 0x1p30);
-  return QM_OK;
+  return qm_cuda_gemm_open(cuda);
 }
 
 static int32_t open_device(int32_t index, void **out) {
@@ -195,6 +196,7 @@ extern "C" __attribute__((visibility("default"))) const qm_backend *qm_backend_e
   kernels->rms_norm = qm_cuda_rms_norm;
   kernels->rms_norm_backward = qm_cuda_rms_norm_backward;
   kernels->rope = qm_cuda_rope;
+  kernels->gemm = qm_cuda_gemm;
   kernels->swiglu = qm_cuda_swiglu;
   kernels->swiglu_backward = qm_cuda_swiglu_backward;
   return &backend;

@@ -30,7 +30,7 @@ typedef struct qm_cuda {
   struct qm_cuda_retired *retired; /* earlier, smaller workspaces */
   qm_cuda_late *late;              /* as the host sees it */
   qm_cuda_late *late_device;       /* the same memory as kernels see it */
-  struct qm_cuda_gemm *gemm;       /* cuBLASLt's handle, plans and workspace */
+  struct qm_cuda_blas *blas;       /* cuBLASLt's handle, plans and workspace */
   struct qm_cuda_linalg *linalg;   /* cuSOLVER's handle, made when first used */
   bool wait_each;                  /* $QM_CUDA_SYNC=1: wait after every launch, for exact errors */
   char description[192];
@@ -45,6 +45,10 @@ int32_t qm_cuda_launched(qm_cuda *cuda, const char *operation);
 /* Memory for one call's intermediate results: good until the next call on this device takes it,
 ** since both run on the compute stream. Grows to the largest request. */
 int32_t qm_cuda_scratch(qm_cuda *cuda, int64_t size_bytes, void **out);
+
+/* gemm.cu */
+int32_t qm_cuda_gemm_open(qm_cuda *cuda);
+void qm_cuda_gemm_close(qm_cuda *cuda);
 
 /* Make the context's device current for this thread, or return from the calling function. */
 #define QM_CUDA_ENTER(context)                                                                     \

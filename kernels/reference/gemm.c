@@ -1,4 +1,4 @@
-/* gemm.c - out = alpha op(a) op(b) + beta out, three loops. */
+/* gemm.c - out = alpha op(a) op(b) + bias + beta out, three loops. */
 #include "reference.h"
 
 int32_t qm_reference_gemm(void *context, const qm_gemm_args *args) {
@@ -15,6 +15,7 @@ int32_t qm_reference_gemm(void *context, const qm_gemm_args *args) {
       sum += qm_load(args->a.data, args->a.dtype, a + l * a_column) *
              qm_load(args->b.data, args->b.dtype, b + l * b_row);
     float result = (float)args->alpha * sum;
+    if (args->bias.data != NULL) result += qm_load(args->bias.data, args->bias.dtype, j);
     /* beta 0 overwrites: out may hold anything, NaN too. */
     if (args->beta != 0.0)
       result += (float)args->beta * qm_load(args->out.data, args->out.dtype, at);

@@ -11,15 +11,14 @@ local needs_grad = autograd.needs_grad
 local M = {}
 
 ---out = op(a) op(b) + beta out.
----@param names table|nil  what the caller's user calls a and b, for error messages
-function M.gemm(name, a, b, out, trans_a, trans_b, beta, names)
-  local status = lib.qm_gemm(a.desc, b.desc, out.desc, trans_a and 1 or 0, trans_b and 1 or 0, 1, beta or 0)
-  if status ~= 0 then
-    local sentence = binding.last_error()
-    binding.raise(name .. ": " .. (names and sentence:gsub("(argument ')(%w+)", function(lead, argument)
-      return lead .. (names[argument] or argument)
-    end) or sentence))
-  end
+function M.gemm(name, a, b, out, trans_a, trans_b, beta)
+  binding.check(lib.qm_gemm(a.desc, b.desc, out.desc, trans_a and 1 or 0, trans_b and 1 or 0, 1, beta or 0), name)
+  return out
+end
+
+---out = x weight + bias, where a bias is given.
+function M.linear(name, x, weight, bias, out)
+  binding.check(lib.qm_linear(x.desc, weight.desc, bias and bias.desc, out.desc), name)
   return out
 end
 

@@ -61,8 +61,6 @@ local function with_type_of(x, tensor, body)
   return result
 end
 
-local LINEAR_NAMES = { a = "x", b = "weight" }
-
 ---Linear layer: `x weight (+ bias)`. Weights may be f32 where activations are 16-bit: the product
 ---then runs on a temporary copy in x's type, and the weight's gradient sums in f32.
 ---
@@ -78,8 +76,7 @@ function M.linear(x, weight, bias)
   product.check_bias(name, bias, weight.shape[2])
   local out = scopes.guard(function()
     local y = tensors.empty({ x.shape[1] or 0, weight.shape[2] or 0 }, { dtype = x.dtype, device = x.device })
-    with_type_of(x, weight, function(w) gemm(name, x, w, y, false, false, 0, LINEAR_NAMES) end)
-    return product.add_bias(name, bias, y)
+    return with_type_of(x, weight, function(w) return product.linear(name, x, w, bias, y) end)
   end)
   return record("linear", { x, weight, bias or false }, { out }, {}, function(dout)
     local dx = needs_grad(x) and with_type_of(x, weight, function(w)

@@ -35,10 +35,10 @@ local function with_weight(q, dtype, body)
   return result
 end
 
-local function multiply(name, x, q)
-  if is_fused(x) then return fused(name, x, q, false) end
+local function multiply(name, x, q, bias)
+  if is_fused(x) then return product.add_bias(name, bias, fused(name, x, q, false)) end
   local y = tensors.empty({ x.shape[1], q.shape[2] }, { dtype = x.dtype, device = x.device })
-  return with_weight(q, x.dtype, function(w) return product.gemm(name, x, w, y, false, false) end)
+  return with_weight(q, x.dtype, function(w) return product.linear(name, x, w, bias, y) end)
 end
 
 local function input_gradient(name, x, q, dout)
@@ -74,7 +74,7 @@ function M.qlinear(x, q, bias)
   end
   product.check_bias(name, bias, q.shape[2])
   local out = scopes.guard(function()
-    return product.add_bias(name, bias, multiply(name, x, q))
+    return multiply(name, x, q, bias)
   end)
   return record("qlinear", { x, q, bias or false }, { out }, {}, function(dout)
     local dx = input_gradient(name, x, q, dout)

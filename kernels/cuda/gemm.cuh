@@ -1,0 +1,50 @@
+/* gemm.cuh - what gemm.cu and gemm_plan.cu share: a matrix product as cuBLASLt sees it. */
+#ifndef QM_GEMM_CUH
+#define QM_GEMM_CUH
+
+#include <cublasLt.h>
+
+#include <mutex>
+#include <unordered_map>
+
+#include "cuda.h"
+
+enum { QM_GEMM_WORKSPACE_BYTES = 32 << 20 }; /* what NVIDIA advises on Hopper */
+
+/* What a plan is made for. No padding, so that keys compare as bytes. */
+typedef struct qm_gemm_key {
+  int64_t batch, m, k, n;
+  int32_t type, out_type, trans_a, trans_b;
+  int32_t alignment_a, alignment_b, alignment_out;
+  int32_t bias;
+} qm_gemm_key;
+static_assert(sizeof(qm_gemm_key) == 4 * 8 + 8 * 4, "keys have no padding");
+
+struct qm_gemm_hash {
+  size_t operator()(const qm_gemm_key &key) const;
+};
+bool operator==(const qm_gemm_key &x, const qm_gemm_key &y);
+
+typedef struct qm_gemm_plan {
+  cublasLtMatmulDesc_t product;
+  cublasLtMatrixLayout_t first, second, out; /* cuBLASLt's first operand is our b */
+  cublasLtMatmulAlgo_t algorithm;
+} qm_gemm_plan;
+
+struct qm_cuda_blas {
+  std::mutex lock; /* around finding a plan and queueing it */
+  cublasLtHandle_t handle;
+  void *workspace;
+  std::unordered_map<qm_gemm_key, qm_gemm_plan, qm_gemm_hash> plans;
+};
+
+/* The cached plan for the key, made when there is none. */
+int32_t qm_cuda_gemm_find(qm_cuda_blas *blas, const qm_gemm_key *key, const qm_gemm_plan **out);
+int32_t qm_cuda_gemm_check(cublasStatus_t code, const char *what);
+template <typename T>
+static cublasStatus_t qm_gemm_set(cublasLtMatmulDesc_t product,
+                                  cublasLtMatmulDescAttributes_t attribute, T value) {
+  return cublasLtMatmulDescSetAttribute(product, attribute, &value, sizeof value);
+}
+
+#endif
