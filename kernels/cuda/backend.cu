@@ -190,14 +190,26 @@ extern "C" __attribute__((visibility("default"))) const qm_backend *qm_backend_e
   backend.read = read_bytes;
   backend.sync = sync;
   qm_kernels *kernels = &backend.kernels;
+  kernels->accumulate = qm_cuda_accumulate;
   kernels->attention = qm_cuda_attention;
   kernels->attention_backward = qm_cuda_attention_backward;
+  kernels->binary = qm_cuda_binary;
+  kernels->copy = qm_cuda_copy;
+  kernels->cross_entropy = qm_cuda_cross_entropy;
   kernels->fill = qm_cuda_fill;
+  kernels->gather = qm_cuda_gather;
+  kernels->gemm = qm_cuda_gemm;
+  kernels->permute = qm_cuda_permute;
+  kernels->random = qm_cuda_random;
+  kernels->reduce = qm_cuda_reduce;
   kernels->rms_norm = qm_cuda_rms_norm;
   kernels->rms_norm_backward = qm_cuda_rms_norm_backward;
   kernels->rope = qm_cuda_rope;
-  kernels->gemm = qm_cuda_gemm;
+  kernels->scatter_add = qm_cuda_scatter_add;
+  kernels->softmax = qm_cuda_softmax;
+  kernels->sum_squares = qm_cuda_sum_squares;
   kernels->swiglu = qm_cuda_swiglu;
   kernels->swiglu_backward = qm_cuda_swiglu_backward;
+  kernels->unary = qm_cuda_unary;
   return &backend;
 }

@@ -1,35 +1,37 @@
-/* fill.cu - one value in every element. */
+/* fill.cu - one value in every element: 16 bytes of it to an access. */
 #include "device.cuh"
-#include "dtype.h"
+#include "integer.h"
 
 enum { THREADS = 256 };
 
-template <typename T>
-static __global__ void fill(T *out, T value, int64_t count) {
-  const int64_t stride = (int64_t)gridDim.x * THREADS;
-  for (int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x; i < count; i += stride)
-    out[i] = value;
+/* Bytes from out on, repeating the 16 of `value`; out aligned to 16. */
+static __global__ void fill(uint4 *out, uint4 value, int64_t count, int32_t rest_bytes) {
+  const int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x;
+  if (i < count) out[i] = value;
+  if (i == count)
+    for (int byte = 0; byte < rest_bytes; byte++)
+      ((uint8_t *)(out + count))[byte] = ((const uint8_t *)&value)[byte];
 }
 
-template <typename T>
-static int32_t launch(qm_cuda *cuda, const qm_array *out, T value) {
-  fill<T><<<qm_blocks(cuda, out->count, THREADS), THREADS, 0, cuda->compute>>>((T *)out->data,
-                                                                               value, out->count);
-  return qm_cuda_launched(cuda, "fill");
+static __global__ void fill_each(void *out, int32_t dtype, double value, int64_t count) {
+  const int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x;
+  if (i < count) qm_store_number(out, dtype, i, value);
 }
 
 int32_t qm_cuda_fill(void *context, const qm_fill_args *args) {
   QM_CUDA_ENTER(context);
   const qm_array *out = &args->out;
-  const double value = args->value;
-  switch (out->dtype) {
-    case QM_F32: return launch<float>(cuda, out, (float)value);
-    case QM_F16: return launch<uint16_t>(cuda, out, qm_to_f16((float)value));
-    case QM_BF16: return launch<uint16_t>(cuda, out, qm_to_bf16((float)value));
-    case QM_I8: return launch<int8_t>(cuda, out, (int8_t)value);
-    case QM_U8: return launch<uint8_t>(cuda, out, (uint8_t)value);
-    case QM_I16: return launch<int16_t>(cuda, out, (int16_t)value);
-    case QM_I32: return launch<int32_t>(cuda, out, (int32_t)value);
-    default: return launch<int64_t>(cuda, out, (int64_t)value);
+  if (out->count == 0) return QM_OK;
+  if (qm_aligned(out->data, 16)) {
+    uint4 value;
+    const int64_t size = qm_element_size(out->dtype), bytes = out->count * size;
+    for (int64_t i = 0; i < 16 / size; i++) qm_store_number(&value, out->dtype, i, args->value);
+    const int64_t count = bytes / 16;
+    fill<<<(unsigned)(count / THREADS + 1), THREADS, 0, cuda->compute>>>(
+        (uint4 *)out->data, value, count, (int32_t)(bytes % 16));
+  } else {
+    fill_each<<<(unsigned)qm_ceil_div(out->count, THREADS), THREADS, 0, cuda->compute>>>(
+        out->data, out->dtype, args->value, out->count);
   }
+  return qm_cuda_launched(cuda, "fill");
 }
