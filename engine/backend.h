@@ -153,6 +153,11 @@ typedef struct qm_adam_direction_args {
   qm_adam adam;
 } qm_adam_direction_args;
 
+typedef struct qm_grad_scale_args {
+  qm_array squares, norm, scale, skipped;
+  double factor, max_norm;
+} qm_grad_scale_args;
+
 /* A quantized parameter as a kernel sees it. */
 typedef struct qm_mpq_view {
   qm_array data, scales, zeros, g_idx, q_perm, residual;
@@ -238,7 +243,8 @@ typedef struct qm_mpq_linear_args {
   X(mpq_prepare)                                                                                   \
   X(mpq_update)                                                                                    \
   X(mpq_update_bie)                                                                                \
-  X(mpq_linear)
+  X(mpq_linear)                                                                                    \
+  X(grad_scale)
 
 typedef qm_gather_args qm_scatter_add_args;
 

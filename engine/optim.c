@@ -81,3 +81,15 @@ int32_t qm_adam_direction(const qm_tensor *grad, const qm_tensor *exp_avg,
   args.adam = qm__adam(&call, adam, &args.live, &args.scale);
   return QM__DISPATCH(call, adam_direction, &args);
 }
+
+int32_t qm_grad_scale(const qm_tensor *squares, const qm_tensor *norm, const qm_tensor *scale,
+                      const qm_tensor *skipped, double factor, double max_norm) {
+  qm__call call = qm__begin("qm_grad_scale");
+  qm_grad_scale_args args = {.factor = factor, .max_norm = max_norm};
+  qm__operand(&call, "squares", squares, "f32 []", QM__READ, &args.squares);
+  qm__operand(&call, "norm", norm, "f32 []", QM__WRITE, &args.norm);
+  qm__operand(&call, "scale", scale, "f32 []", QM__WRITE, &args.scale);
+  qm__operand(&call, "skipped", skipped, "i64 []", QM__WRITE, &args.skipped);
+  qm__require(&call, max_norm >= 0.0, "argument 'max_norm': expected at least 0, got %g", max_norm);
+  return QM__DISPATCH(call, grad_scale, &args);
+}

@@ -12,6 +12,7 @@
 #include <float.h>
 #include <math.h>
 #include <stddef.h>
+#include <string.h>
 
 #include "inline.h"
 #include "philox.h"
@@ -37,7 +38,8 @@ QM_INLINE qm_adam_numbers qm_adam_prepare(const qm_adam *adam) {
   double inject = 0.0;
   if (adam->beta1 > 0.0 && adam->lr_next > 0.0)
     inject = (1.0 - adam->beta1) / adam->beta1 * next1 / adam->lr_next / correction2;
-  qm_adam_numbers numbers = {0};
+  qm_adam_numbers numbers;
+  memset(&numbers, 0, sizeof numbers);
   numbers.beta1 = (float)adam->beta1;
   numbers.one_minus_beta1 = (float)(1.0 - adam->beta1);
   numbers.beta2 = (float)adam->beta2;
@@ -81,6 +83,34 @@ QM_INLINE qm_noise qm_adam_noise(const qm_adam_numbers *numbers, uint32_t stream
   qm_noise noise = numbers->noise;
   noise.stream = stream;
   return noise;
+}
+
+/* Move one element's moments by its gradient; the direction u. */
+QM_INLINE float qm_adam_advance(const qm_adam_numbers *c, float grad, float *m, float *v) {
+  const float g = c->grad_scale * grad;
+  *m = c->beta1 * *m + c->one_minus_beta1 * g;
+  *v = c->beta2 * *v + c->one_minus_beta2 * g * g;
+  return *m / (sqrtf(*v) + c->eps);
+}
+/* The weight after a step along u. */
+QM_INLINE float qm_adam_move(const qm_adam_numbers *c, float w, float u) {
+  return w - c->rate * u - c->decay * w;
+}
+
+/* What the sum of all gradients' squares says about a step. */
+typedef struct qm_grad_measure {
+  float norm; /* of factor * gradient */
+  float
+      scale; /* brings gradients to a norm of at most max_norm; NaN where the norm is not finite */
+} qm_grad_measure;
+
+QM_INLINE qm_grad_measure qm_grad_measure_of(float squares, double factor, double max_norm) {
+  qm_grad_measure measure;
+  measure.norm = (float)(sqrt((double)squares) * factor);
+  const double norm = (double)measure.norm;
+  measure.scale = (float)(norm > max_norm ? factor * (max_norm / norm) : factor);
+  if (!(measure.norm <= FLT_MAX)) measure.scale = NAN;
+  return measure;
 }
 
 /* Random bits of bf16 moments. Rounding to bf16 discards 16 bits and wants as many random ones: one

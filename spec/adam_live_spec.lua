@@ -127,3 +127,44 @@ describe("qm.QParam.update with numbers that lie on the device", function()
     end)
   end
 end)
+
+describe("qm.grad_scale", function()
+  local function run(squares, options, device)
+    local there = { device = device }
+    local norm, scale = qm.zeros({}, there), qm.zeros({}, there)
+    local skipped = qm.zeros({}, { dtype = "i64", device = device })
+    qm.grad_scale(qm.full({}, squares, there), norm, scale, skipped, options)
+    return norm:item(), scale:item(), skipped:item()
+  end
+
+  for _, device in ipairs({ "reference", testing.device }) do
+    it("clips to the largest norm allowed, on " .. device, function()
+      assert.same({ 5, 1, 0 }, { run(25, nil, device) })
+      assert.same({ 5, 0.5, 0 }, { run(25, { max_norm = 2.5 }, device) })
+      assert.same({ 5, 1, 0 }, { run(25, { max_norm = 5 }, device) })
+      assert.same({ 5, 0, 0 }, { run(25, { max_norm = 0 }, device) })
+      assert.same({ 0, 1, 0 }, { run(0, { max_norm = 0 }, device) })
+      assert.same({ 2.5, 0.25, 0 }, { run(25, { max_norm = 1.25, factor = 0.5 }, device) })
+    end)
+
+    it("counts and skips what is not finite, on " .. device, function()
+      for _, squares in ipairs({ 0 / 0, math.huge }) do
+        local _, scale, skipped = run(squares, { max_norm = 1 }, device)
+        assert.is_true(scale ~= scale)
+        assert.equal(1, skipped)
+      end
+      local one = qm.full({}, 1, { device = device })
+      local skipped = qm.full({}, 6, { device = device, dtype = "i64" })
+      qm.grad_scale(qm.full({}, 0 / 0, { device = device }), one:clone(), one:clone(), skipped)
+      qm.grad_scale(one, one:clone(), one:clone(), skipped)
+      assert.equal(7, skipped:item())
+    end)
+  end
+
+  it("says what does not fit", function()
+    local one, skipped = qm.ones({}), qm.zeros({}, { dtype = "i64" })
+    assert.error_matches(function() qm.grad_scale(one, one:clone(), one:clone(), skipped, { max_norm = -1 }) end,
+      "qm.grad_scale: argument 'max_norm': expected at least 0, got -1", 1, true)
+    assert.error_matches(function() qm.grad_scale(one, one, one:clone(), skipped) end, "overlaps argument", 1, true)
+  end)
+end)

@@ -191,6 +191,8 @@ extern "C" __attribute__((visibility("default"))) const qm_backend *qm_backend_e
   backend.sync = sync;
   qm_kernels *kernels = &backend.kernels;
   kernels->accumulate = qm_cuda_accumulate;
+  kernels->adam_direction = qm_cuda_adam_direction;
+  kernels->adamw = qm_cuda_adamw;
   kernels->attention = qm_cuda_attention;
   kernels->attention_backward = qm_cuda_attention_backward;
   kernels->binary = qm_cuda_binary;
@@ -199,6 +201,7 @@ extern "C" __attribute__((visibility("default"))) const qm_backend *qm_backend_e
   kernels->fill = qm_cuda_fill;
   kernels->gather = qm_cuda_gather;
   kernels->gemm = qm_cuda_gemm;
+  kernels->grad_scale = qm_cuda_grad_scale;
   kernels->permute = qm_cuda_permute;
   kernels->random = qm_cuda_random;
   kernels->reduce = qm_cuda_reduce;

@@ -21,15 +21,15 @@ static uint32_t random_bits(const qm_adam_numbers *c, uint32_t stream, int64_t i
 /* Advance both moments of element i; returns the direction u, which is g where there are none. */
 static float advance(const qm_array *grad, const qm_array *exp_avg, const qm_array *exp_avg_sq,
                      int64_t i, const qm_adam_numbers *c) {
-  const float g = c->grad_scale * qm_load(grad->data, grad->dtype, i);
-  if (exp_avg->data == NULL) return g;
-  const float m = c->beta1 * qm_load(exp_avg->data, exp_avg->dtype, i) + c->one_minus_beta1 * g;
-  const float v =
-      c->beta2 * qm_load(exp_avg_sq->data, exp_avg_sq->dtype, i) + c->one_minus_beta2 * g * g;
+  const float g = qm_load(grad->data, grad->dtype, i);
+  if (exp_avg->data == NULL) return c->grad_scale * g;
+  float m = qm_load(exp_avg->data, exp_avg->dtype, i);
+  float v = qm_load(exp_avg_sq->data, exp_avg_sq->dtype, i);
+  const float u = qm_adam_advance(c, g, &m, &v);
   const uint32_t random = random_bits(c, QM_STREAM_EXP_AVG, i);
   store(exp_avg, i, m, qm_exp_avg_bits(random));
   store(exp_avg_sq, i, v, qm_exp_avg_sq_bits(random));
-  return m / (sqrtf(v) + c->eps);
+  return u;
 }
 
 int32_t qm_reference_adamw(void *context, const qm_adamw_args *args) {
@@ -42,7 +42,7 @@ int32_t qm_reference_adamw(void *context, const qm_adamw_args *args) {
   for (int64_t i = 0; i < args->param.count; i++) {
     const float u = advance(&args->grad, &args->exp_avg, &args->exp_avg_sq, i, &c);
     const float w = qm_load(args->param.data, args->param.dtype, i);
-    store(&args->param, i, w - c.rate * u - c.decay * w, random_bits(&c, QM_STREAM_WEIGHT, i));
+    store(&args->param, i, qm_adam_move(&c, w, u), random_bits(&c, QM_STREAM_WEIGHT, i));
   }
   return QM_OK;
 }

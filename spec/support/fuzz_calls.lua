@@ -68,6 +68,9 @@ return function(qm, device)
     { "qm.adamw", function()
       return randn(3, 5), randn(3, 5), randn(3, 5), qm.ones({ 3, 5 }, { device = device }), { lr = 0.1, step = 1 }
     end },
+    { "qm.grad_scale", function()
+      return randn():abs(), randn(), randn(), qm.zeros({}, { dtype = "i64", device = device }), { max_norm = 1 }
+    end },
     { "qm.QParam.quantize", function()
       return randn(64, 32), { w_bit = 4, group_size = 32, asym = true, method = "minmax", range = 1 }
     end },

@@ -41,12 +41,7 @@ static void advance(float *restrict u, const qm_array *grad, const qm_array *exp
   }
   qm_expand(m, exp_avg->data, exp_avg->dtype, i, n);
   qm_expand(v, exp_avg_sq->data, exp_avg_sq->dtype, i, n);
-  for (int64_t j = 0; j < n; j++) {
-    const float scaled = c->grad_scale * g[j];
-    m[j] = c->beta1 * m[j] + c->one_minus_beta1 * scaled;
-    v[j] = c->beta2 * v[j] + c->one_minus_beta2 * scaled * scaled;
-    u[j] = m[j] / (sqrtf(v[j]) + c->eps);
-  }
+  for (int64_t j = 0; j < n; j++) u[j] = qm_adam_advance(c, g[j], &m[j], &v[j]);
   if (exp_avg->dtype == QM_BF16 || exp_avg_sq->dtype == QM_BF16) {
     draw(words, c, QM_STREAM_EXP_AVG, i, n);
     for (int64_t j = 0; j < n; j++) {
@@ -73,7 +68,7 @@ int32_t QM_CPU(adamw)(void *context, const qm_adamw_args *args) {
     const int64_t n = QM_MIN(QM_BLOCK, count - i);
     advance(u, &args->grad, &args->exp_avg, &args->exp_avg_sq, i, n, &c);
     qm_expand(w, args->param.data, args->param.dtype, i, n);
-    for (int64_t j = 0; j < n; j++) w[j] = w[j] - c.rate * u[j] - c.decay * w[j];
+    for (int64_t j = 0; j < n; j++) w[j] = qm_adam_move(&c, w[j], u[j]);
     if (args->param.dtype == QM_BF16) draw(words, &c, QM_STREAM_WEIGHT, i, n);
     store(w, &args->param, i, n, words);
   }

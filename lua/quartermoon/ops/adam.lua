@@ -102,4 +102,31 @@ function M.adam_direction(grad, exp_avg, exp_avg_sq, options)
   return update
 end
 
+local SCALE_OPTIONS = { factor = 1, max_norm = math.huge }
+
+---From the sum of the squares of all gradients, on the device: how far a step scales them, see qm.adamw's
+---`scale`. Nothing is waited for.
+---
+---    norm = factor * sqrt(squares);  scale = factor * min(1, max_norm / norm), NaN where norm is not finite
+---
+---Source: Pascanu, Mikolov and Bengio, arXiv 1211.5063 (clipping by the norm).
+---@param squares qm.Tensor  f32 {}: see qm.sum_squares
+---@param norm qm.Tensor     f32 {}, overwritten
+---@param scale qm.Tensor    f32 {}, overwritten
+---@param skipped qm.Tensor  i64 {}: counts one more where the norm is not finite
+---@param options table|nil  { factor = 1: multiplies every gradient, max_norm = infinite }
+---@return qm.Tensor scale
+---@raise when a type or a shape does not fit
+function M.grad_scale(squares, norm, scale, skipped, options)
+  local name = "qm.grad_scale"
+  options = check.options(name, options, SCALE_OPTIONS)
+  local squares_desc, norm_desc = check.desc(name, "squares", squares), check.desc(name, "norm", norm)
+  local scale_desc, skipped_desc = check.desc(name, "scale", scale), check.desc(name, "skipped", skipped)
+  check.number(name, "factor", options.factor)
+  if type(options.max_norm) ~= "number" then check.fail(name, "max_norm", "a number", options.max_norm) end
+  binding.check(lib.qm_grad_scale(squares_desc, norm_desc, scale_desc, skipped_desc, options.factor,
+    options.max_norm), name)
+  return scale
+end
+
 return M
