@@ -6,141 +6,10 @@
 ** Cost:      4 bits, f32 moments and gradient: reads 12.5 and writes 8.5 bytes an element, memory
 **            bound; bf16 moments move 8.5 bytes less and draw one more random word.
 */
-#include "mpq_block.h"
-#include "noise.h"
+#include "mpq_step.h"
+#include "mpq_step_512.h"
 
 enum { CHUNK_ROWS = 128 }; /* rows of one task */
-
-/* What stays the same over one call. */
-typedef struct update_call {
-  const qm_mpq_update_args *args;
-  qm_adam_numbers step;
-  qm_mpq_span span;
-  int has_moments, half_moments; /* moments given; in bf16 */
-} update_call;
-
-typedef struct update_counts {
-  int64_t moved, clipped, skipped;
-} update_counts;
-
-/* One block at work: code and residual words before and after, and f32 rows. */
-typedef struct update_block {
-  qm_mpq_block grid;
-  float rate[QM_MPQ_COLUMNS], zero[QM_MPQ_COLUMNS]; /* in code units, see qm_mpq_step_rate */
-  uint32_t codes[QM_MPQ_COLUMNS], residual[QM_MPQ_COLUMNS]; /* words being filled */
-  uint32_t random[QM_MPQ_COLUMNS];
-  float grad[QM_MPQ_COLUMNS], m[QM_MPQ_COLUMNS], v[QM_MPQ_COLUMNS]; /* where they are not f32 */
-} update_block;
-
-/* Operands of one row, from the block's first column on. */
-typedef struct update_row {
-  const float *grad;
-  float *m, *v;
-  const uint32_t *codes, *residual; /* words before */
-  int32_t shift, residual_shift;
-} update_row;
-
-/* The row, for constant `feedback`, `rounding` and `has_moments`. */
-static inline __attribute__((always_inline)) void step_row(const update_call *call,
-                                                           update_block *block,
-                                                           const update_row *row,
-                                                           update_counts *counts, int feedback,
-                                                           int rounding, int has_moments) {
-  const qm_adam_numbers c = call->step;
-  const qm_mpq_span span = call->span;
-  const uint32_t mask = qm_mpq_mask(call->args->q.w_bit);
-  const uint32_t residual_mask = span.bits > 0 ? qm_mpq_mask(span.bits) : 0;
-  const int32_t shift = row->shift, residual_shift = row->residual_shift;
-  const float *restrict grad = row->grad, *restrict rate = block->rate;
-  const float *restrict zero = block->zero, *restrict scale = block->grid.scale;
-  float *restrict m = row->m, *restrict v = row->v;
-  const uint32_t *restrict codes = row->codes, *restrict residual = row->residual;
-  const uint32_t *restrict random = block->random;
-  uint32_t *restrict new_codes = block->codes, *restrict new_residual = block->residual;
-  int32_t moved = 0, clipped = 0, skipped = 0;
-  for (int64_t j = 0; j < block->grid.count; j++) {
-    const int32_t code = (int32_t)(codes[j] >> shift & mask);
-    const float decay = c.decay * ((float)code - zero[j]), g = grad[j] * c.grad_scale;
-    float d, next_m = 0.0f, next_v = 0.0f, denominator = 0.0f;
-    if (has_moments) {
-      next_m = c.beta1 * m[j] + c.one_minus_beta1 * g;
-      next_v = c.beta2 * v[j] + c.one_minus_beta2 * g * g;
-      denominator = sqrtf(next_v) + c.eps;
-      d = -(rate[j] * next_m / denominator + decay);
-    } else {
-      d = -(rate[j] * g + decay);
-    }
-    const int ok = (fabsf(d) <= FLT_MAX) & (next_v <= FLT_MAX);
-    const float scaled = ok ? d * span.unit : 0.0f;
-    const float floor_limited = scaled < -QM_MPQ_MOVE_MAX ? -QM_MPQ_MOVE_MAX : scaled;
-    const float move = floor_limited > QM_MPQ_MOVE_MAX ? QM_MPQ_MOVE_MAX : floor_limited;
-    int32_t start = code;
-    if (feedback == QM_FEEDBACK_RESIDUAL)
-      start = (code << span.bits) + (int32_t)(residual[j] >> residual_shift & residual_mask) -
-              span.half;
-    float wanted;
-    if (rounding == QM_ROUND_STOCHASTIC) {
-      const float low = qm_mpq_floor(move);
-      wanted = (float)start + low + (qm_uniform_of(random[j]) < move - low ? 1.0f : 0.0f);
-    } else {
-      wanted = qm_mpq_rint((float)start + move);
-    }
-    const float raised = wanted < span.low ? span.low : wanted;
-    const float got = raised > span.high ? span.high : raised;
-    const int32_t steps = (int32_t)got;
-    int32_t new_code = steps;
-    if (feedback == QM_FEEDBACK_RESIDUAL) {
-      new_code = (steps + span.half) >> span.bits;
-      new_residual[j] |= (uint32_t)(steps - (new_code << span.bits) + span.half) << residual_shift;
-    }
-    new_codes[j] |= (uint32_t)new_code << shift;
-    moved += new_code != code;
-    clipped += got != wanted;
-    skipped += !ok;
-    if (has_moments) {
-      if (feedback == QM_FEEDBACK_MOMENTUM) {
-        const float target = (float)start + move;
-        const int inside = (target >= span.low) & (target <= span.high);
-        const float lost = inside ? scale[j] * (move - (got - (float)start)) : 0.0f;
-        next_m -= c.inject * denominator * lost;
-      }
-      m[j] = ok ? next_m : m[j];
-      v[j] = ok ? next_v : v[j];
-    }
-  }
-  counts->moved += moved;
-  counts->clipped += clipped;
-  counts->skipped += skipped;
-}
-
-static void choose_step(const update_call *call, update_block *block, const update_row *row,
-                        update_counts *counts) {
-  const int feedback = call->args->options.feedback;
-  const int stochastic = call->args->options.rounding == QM_ROUND_STOCHASTIC;
-  const int moments = call->has_moments;
-#define STEP(f, r, m) step_row(call, block, row, counts, QM_FEEDBACK_##f, QM_ROUND_##r, m)
-  if (feedback == QM_FEEDBACK_NONE && stochastic && moments)
-    STEP(NONE, STOCHASTIC, 1);
-  else if (feedback == QM_FEEDBACK_MOMENTUM && stochastic)
-    STEP(MOMENTUM, STOCHASTIC, 1);
-  else if (feedback == QM_FEEDBACK_RESIDUAL && stochastic && moments)
-    STEP(RESIDUAL, STOCHASTIC, 1);
-  else if (feedback == QM_FEEDBACK_NONE && stochastic)
-    STEP(NONE, STOCHASTIC, 0);
-  else if (feedback == QM_FEEDBACK_RESIDUAL && stochastic)
-    STEP(RESIDUAL, STOCHASTIC, 0);
-  else if (feedback == QM_FEEDBACK_NONE && moments)
-    STEP(NONE, NEAREST, 1);
-  else if (feedback == QM_FEEDBACK_MOMENTUM)
-    STEP(MOMENTUM, NEAREST, 1);
-  else if (feedback == QM_FEEDBACK_RESIDUAL && moments)
-    STEP(RESIDUAL, NEAREST, 1);
-  else if (feedback == QM_FEEDBACK_NONE)
-    STEP(NONE, NEAREST, 0);
-  else
-    STEP(RESIDUAL, NEAREST, 0);
-#undef STEP
-}
 
 static void enter_group(const update_call *call, update_block *block, int64_t g) {
   const qm_mpq_view *q = &call->args->q;
@@ -151,77 +20,126 @@ static void enter_group(const update_call *call, update_block *block, int64_t g)
   }
 }
 
-/* A row of f32, in place or expanded into `buffer`. */
-static float *f32_row(const qm_array *x, int64_t at, int64_t count, float *buffer) {
+/* Columns from .. n - 1 of a row as f32, in place or expanded into `buffer`. */
+static float *f32_row(const qm_array *x, int64_t at, int64_t from, int64_t n, float *buffer) {
   if (x->dtype == QM_F32) return (float *)x->data + at;
-  qm_expand(buffer, x->data, x->dtype, at, count);
+  qm_expand(buffer + from, x->data, x->dtype, at + from, n - from);
   return buffer;
 }
 
-static void store_bf16(const update_call *call, update_block *block, int64_t at, int64_t element) {
-  const qm_mpq_update_args *args = call->args;
+static void store_bf16(const update_call *call, update_block *block, const update_row *row,
+                       int64_t from) {
   const qm_noise noise = qm_adam_noise(&call->step, QM_STREAM_EXP_AVG);
   const uint32_t *restrict random = block->random;
   const float *restrict m = block->m, *restrict v = block->v;
-  uint16_t *restrict m_out = (uint16_t *)args->exp_avg.data + at;
-  uint16_t *restrict v_out = (uint16_t *)args->exp_avg_sq.data + at;
-  qm_noise_words(block->random, &noise, (uint64_t)element, block->grid.count);
-  for (int64_t j = 0; j < block->grid.count; j++) {
+  uint16_t *restrict m_out = row->m, *restrict v_out = row->v;
+  const int64_t n = block->grid.count;
+  qm_noise_words(block->random + from, &noise, (uint64_t)(row->element + from), n - from);
+  for (int64_t j = from; j < n; j++) {
     m_out[j] = qm_to_bf16_stochastic(m[j], qm_exp_avg_bits(random[j]));
     v_out[j] = qm_to_bf16_stochastic(v[j], qm_exp_avg_sq_bits(random[j]));
   }
 }
 
-/* Ask for the cache lines of x that elements at .. at + count - 1 of a row lie in. */
-static void prefetch(const qm_array *x, int64_t at, int64_t count) {
-  const int64_t size_bytes = x->dtype == QM_F32 ? 4 : 2;
-  const char *line = (const char *)x->data + at * size_bytes;
-  for (int64_t i = 0; i < count * size_bytes; i += 64) __builtin_prefetch(line + i);
-}
-
 /* The row's random bits; meanwhile the next row is on its way: the memory would idle here, and the
 ** hardware's own prefetching stops at every row's end. */
-static void draw(const update_call *call, update_block *block, int64_t element, int64_t next) {
+static void draw(const update_call *call, update_block *block, const update_row *row,
+                 int64_t from) {
   enum { PIECE = QM_NOISE_WORDS };
-  const qm_mpq_update_args *args = call->args;
   const qm_noise noise = qm_adam_noise(&call->step, QM_STREAM_CODES);
-  const int64_t n = block->grid.count;
-  for (int64_t j = 0; j < n; j += PIECE) {
-    const int64_t count = QM_MIN(PIECE, n - j);
-    prefetch(&args->grad, next + j, count);
-    if (call->has_moments) {
-      prefetch(&args->exp_avg, next + j, count);
-      prefetch(&args->exp_avg_sq, next + j, count);
-    }
-    qm_noise_words(block->random + j, &noise, (uint64_t)(element + j), count);
+  for (int64_t j = from; j < block->grid.count; j += PIECE) {
+    const int64_t count = QM_MIN(PIECE, block->grid.count - j);
+    for (int64_t i = 0; i < count; i += 16) prefetch_next(call, row, j + i);
+    qm_noise_words(block->random + j, &noise, (uint64_t)(row->element + j), count);
   }
+}
+
+/* The row from column `from` on, in plain loops. */
+static void step_plainly(const update_call *call, update_block *block, update_row *row,
+                         update_counts *counts, int64_t at, int64_t from) {
+  const qm_mpq_update_args *args = call->args;
+  const int64_t n = block->grid.count;
+  float *m = NULL, *v = NULL;
+  if (call->moments != MOMENTS_NONE) {
+    m = f32_row(&args->exp_avg, at, from, n, block->m);
+    v = f32_row(&args->exp_avg_sq, at, from, n, block->v);
+  }
+  if (args->options.rounding == QM_ROUND_STOCHASTIC) draw(call, block, row, from);
+  choose_step(call, block, row, m, v, counts, from);
+  if (call->moments == MOMENTS_BF16) store_bf16(call, block, row, from);
+}
+
+#ifdef STEP_512
+/* Whole pieces of the row; returns the column they reach. */
+static int64_t step_quickly(const update_call *call, update_block *block, const update_row *row,
+                            update_counts *counts) {
+  const int feedback = call->args->options.feedback, moments = call->moments;
+  const int stochastic = call->args->options.rounding == QM_ROUND_STOCHASTIC;
+  const int64_t end = block->grid.count / STEP_PIECE * STEP_PIECE;
+  if (end == 0 || !step_enter_noise(call, block, row, end)) return 0;
+#define STEP(f, r, m) step_pieces(call, block, row, counts, end, QM_FEEDBACK_##f, QM_ROUND_##r, m)
+#define STEP_MOMENTS(f, r)                                                                         \
+  if (moments == MOMENTS_F32)                                                                      \
+    STEP(f, r, MOMENTS_F32);                                                                       \
+  else if (moments == MOMENTS_BF16)                                                                \
+    STEP(f, r, MOMENTS_BF16);                                                                      \
+  else                                                                                             \
+    STEP(f, r, MOMENTS_NONE)
+  if (feedback == QM_FEEDBACK_MOMENTUM) {
+    if (!stochastic || moments == MOMENTS_NONE) return 0;
+    if (moments == MOMENTS_F32)
+      STEP(MOMENTUM, STOCHASTIC, MOMENTS_F32);
+    else
+      STEP(MOMENTUM, STOCHASTIC, MOMENTS_BF16);
+  } else if (feedback == QM_FEEDBACK_NONE && stochastic) {
+    STEP_MOMENTS(NONE, STOCHASTIC);
+  } else if (feedback == QM_FEEDBACK_NONE) {
+    STEP_MOMENTS(NONE, NEAREST);
+  } else if (stochastic) {
+    STEP_MOMENTS(RESIDUAL, STOCHASTIC);
+  } else {
+    STEP_MOMENTS(RESIDUAL, NEAREST);
+  }
+#undef STEP_MOMENTS
+#undef STEP
+  return end;
+}
+#endif
+
+/* The place of a row's moment or gradient. */
+static char *place(const qm_array *x, int64_t at) {
+  return x->data == NULL ? NULL : (char *)x->data + at * qm_element_size(x->dtype);
 }
 
 static void update_row_at(const update_call *call, update_block *block, int64_t p,
                           update_counts *counts) {
   const qm_mpq_update_args *args = call->args;
   const qm_mpq_view *q = &args->q;
-  const int64_t n = block->grid.count, element = p * q->n + block->grid.first;
-  const int64_t at = qm_mpq_feature(q, p) * q->n + block->grid.first;
+  const int64_t n = block->grid.count, first = block->grid.first;
+  const int64_t at = qm_mpq_feature(q, p) * q->n + first;
+  const int64_t next = qm_mpq_feature(q, QM_MIN(p + 1, q->k - 1)) * q->n + first;
   const int32_t residual_bits = call->span.bits;
   enter_group(call, block, qm_mpq_group(q, p));
-  update_row row = {.grad = f32_row(&args->grad, at, n, block->grad),
+  update_row row = {.grad = f32_row(&args->grad, at, 0, n, block->grad),
+                    .m = place(&args->exp_avg, at),
+                    .v = place(&args->exp_avg_sq, at),
+                    .element = p * q->n + first,
+                    .next_grad = place(&args->grad, next),
+                    .next_m = place(&args->exp_avg, next),
+                    .next_v = place(&args->exp_avg_sq, next),
+                    .grad_bytes = qm_element_size(args->grad.dtype),
+                    .moment_bytes = qm_element_size(args->exp_avg.dtype),
                     .codes = qm_mpq_words(q->data.data, q->w_bit, q, &block->grid, p),
                     .shift = q->w_bit * (int32_t)(p % (32 / q->w_bit))};
   if (residual_bits > 0) {
     row.residual = qm_mpq_words(q->residual.data, residual_bits, q, &block->grid, p);
     row.residual_shift = residual_bits * (int32_t)(p % (32 / residual_bits));
   }
-  if (call->has_moments) {
-    row.m = f32_row(&args->exp_avg, at, n, block->m);
-    row.v = f32_row(&args->exp_avg_sq, at, n, block->v);
-  }
-  if (args->options.rounding == QM_ROUND_STOCHASTIC) {
-    const int64_t next = qm_mpq_feature(q, QM_MIN(p + 1, q->k - 1)) * q->n + block->grid.first;
-    draw(call, block, element, next);
-  }
-  choose_step(call, block, &row, counts);
-  if (call->half_moments) store_bf16(call, block, at, element);
+  int64_t done = 0;
+#ifdef STEP_512
+  done = step_quickly(call, block, &row, counts);
+#endif
+  if (done < n) step_plainly(call, block, &row, counts, at, done);
 }
 
 static update_counts update_rows(const update_call *call, int64_t first_row, int64_t end_row,
@@ -252,8 +170,9 @@ int32_t QM_CPU(mpq_update)(void *context, const qm_mpq_update_args *args) {
       .args = args,
       .step = qm_adam_in_force(&source),
       .span = qm_mpq_span_of(q),
-      .has_moments = args->exp_avg.data != NULL,
-      .half_moments = args->exp_avg.data != NULL && args->exp_avg.dtype == QM_BF16,
+      .moments = args->exp_avg.data == NULL       ? MOMENTS_NONE
+                 : args->exp_avg.dtype == QM_BF16 ? MOMENTS_BF16
+                                                  : MOMENTS_F32,
   };
   const int64_t count = q->k * q->n;
   int64_t moved = 0, clipped = 0, skipped = 0;
