@@ -266,9 +266,19 @@ typedef struct qm_backend {
   int32_t (*write)(void *context, void *out, const void *host, int64_t size_bytes);
   int32_t (*read)(void *context, const void *x, void *host, int64_t size_bytes);
   int32_t (*sync)(void *context);
-  /* Record kernels instead of running them, until graph_end; *graph is then what to launch, or,
-  ** where
-  ** graph is NULL, nothing is kept. All NULL: the engine notes the calls and repeats them. */
+  /* A read that does not wait. snapshot: device memory for a copy of x, so that later kernels may
+  ** overwrite x; or NULL, and then they wait. read_ready: 1, 0, or a failure. read_end waits,
+  ** copies
+  ** into host (or NULL) and releases the reading. NULL: the engine reads at once. */
+  int32_t (*read_begin)(void *context, const void *x, void *snapshot, int64_t size_bytes,
+                        void **reading);
+  int32_t (*read_ready)(void *context, void *reading);
+  int32_t (*read_end)(void *context, void *reading, void *host);
+  /* Copy to a device of the same backend; `from` is the context that x belongs to. NULL: the engine
+  ** copies by way of the host. */
+  int32_t (*copy_between)(void *context, void *out, void *from, const void *x, int64_t size_bytes);
+  /* Record kernels instead of running them, until graph_end; *graph is then what to launch, or, for
+  ** graph NULL, nothing is kept. All NULL: the engine notes the calls and repeats them. */
   int32_t (*graph_begin)(void *context);
   int32_t (*graph_end)(void *context, void **graph);
   int32_t (*graph_launch)(void *context, void *graph);

@@ -103,6 +103,8 @@ typedef struct qm_device_info {
   int32_t threads;       /* worker threads of host devices, 0 elsewhere */
   int32_t fast_bf16;     /* 1 where bf16 matrix products outrun f32 ones */
   int32_t fused_rows;    /* up to so many, qm_mpq_linear outruns a dense weight's product */
+  int64_t total_bytes;   /* of the device's own memory; 0 where it uses the host's */
+  int64_t free_bytes;    /* what of it nobody uses */
 } qm_device_info;
 
 /* Open (or retain, when already open) device `index` of backend `name`. */
@@ -163,6 +165,14 @@ int32_t qm_storage_references(const qm_storage *storage);
 /* Host bytes into a tensor and back; size_bytes must be the tensor's. Reading waits. */
 int32_t qm_write(const qm_tensor *out, const void *host, int64_t size_bytes);
 int32_t qm_read(const qm_tensor *x, void *host, int64_t size_bytes);
+/* The same without waiting: begin takes x as the calls before leave it, and the device goes on with
+** the calls after. */
+typedef struct qm_reading qm_reading; /* handle: a read under way */
+int32_t qm_read_begin(const qm_tensor *x, qm_reading **out);
+int32_t qm_reading_ready(const qm_reading *reading); /* 1: end would not wait; 0; or a failure */
+/* Wait for the bytes and release the reading. */
+int32_t qm_reading_end(qm_reading *reading, void *host, int64_t size_bytes);
+void qm_reading_release(qm_reading *reading);
 /* Same shape; converts between types (float to integer truncates and saturates, NaN to 0).
 ** Across devices the types must agree. */
 int32_t qm_copy(const qm_tensor *x, const qm_tensor *out);

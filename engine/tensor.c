@@ -1,4 +1,6 @@
 /* tensor.c - moving bytes in and out of tensors, filling and converting them. */
+#include <stdlib.h>
+
 #include "internal.h"
 
 /* Host memory must be there and of the array's size. */
@@ -29,7 +31,23 @@ int32_t qm_read(const qm_tensor *x, void *host, int64_t size_bytes) {
   return call.device->backend->read(call.device->context, array.data, host, size_bytes);
 }
 
-/* Between devices one side is always host memory today, so the bytes take one hop. */
+enum { BOUNCE_BYTES = 4 << 20 };
+
+/* Between two devices that cannot reach each other: by way of the host, piece by piece. */
+static int32_t bounce(qm_device *source, qm_device *target, const char *x, char *out,
+                      int64_t size_bytes) {
+  char *buffer = malloc(BOUNCE_BYTES);
+  if (buffer == NULL) return qm__fail(QM_E_MEMORY, "the host is out of memory");
+  int32_t status = QM_OK;
+  for (int64_t at = 0; at < size_bytes && status == QM_OK; at += BOUNCE_BYTES) {
+    const int64_t rest = size_bytes - at, piece = rest < BOUNCE_BYTES ? rest : BOUNCE_BYTES;
+    status = source->backend->read(source->context, x + at, buffer, piece);
+    if (status == QM_OK) status = target->backend->write(target->context, out + at, buffer, piece);
+  }
+  free(buffer);
+  return status;
+}
+
 static int32_t copy_across(const qm_tensor *x, const qm_tensor *out) {
   qm__call source = qm__begin("qm_copy"), target = qm__begin("qm_copy");
   qm_array from, to;
@@ -46,12 +64,18 @@ static int32_t copy_across(const qm_tensor *x, const qm_tensor *out) {
               "argument 'out': expected %s, got %s (across devices types must agree)", expected,
               got);
   if (target.status != QM_OK) return target.status;
-  if (qm__graph_refuse(source.device, "copying to another device") != QM_OK) return QM_E_ARGUMENT;
-  if (source.device->backend->host_memory)
-    return qm_write(out, from.data, from.count * qm_dtype_size(from.dtype));
-  if (target.device->backend->host_memory)
-    return qm_read(x, to.data, to.count * qm_dtype_size(to.dtype));
-  return qm__fail(QM_E_UNSUPPORTED, "qm_copy: between two devices without host memory");
+  const int64_t size_bytes = from.count * qm_dtype_size(from.dtype);
+  qm_device *source_device = source.device, *target_device = target.device;
+  if (qm__graph_refuse(source_device, "copying to another device") != QM_OK) return QM_E_ARGUMENT;
+  if (source_device->backend->host_memory) return qm_write(out, from.data, size_bytes);
+  if (target_device->backend->host_memory) return qm_read(x, to.data, size_bytes);
+  if (qm__graph_refuse(target_device, "copying from another device") != QM_OK) return QM_E_ARGUMENT;
+  const qm_backend *backend = target_device->backend;
+  if (backend->copy_between == NULL || backend != source_device->backend)
+    return bounce(source_device, target_device, from.data, to.data, size_bytes);
+  if (size_bytes == 0) return QM_OK;
+  return backend->copy_between(target_device->context, to.data, source_device->context, from.data,
+                               size_bytes);
 }
 
 int32_t qm_copy(const qm_tensor *x, const qm_tensor *out) {

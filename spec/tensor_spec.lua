@@ -251,4 +251,35 @@ describe("devices", function()
     assert.equal("reference", qm.device("reference"):info().name)
     assert.is_true(#device:info().description > 0)
   end)
+
+  describe("read_later", function()
+    it("reads what was there when it was asked, and later calls do not change that", function()
+      for _, count in ipairs({ 1, 1000, 100000 }) do
+        for _, dtype in ipairs({ "f32", "bf16", "i32", "u8" }) do
+          local x = qm.full({ count }, 3, { dtype = dtype })
+          local later = x:read_later()
+          x:fill(4)
+          x:free()
+          local y = qm.full({ count }, 5, { dtype = dtype }) -- perhaps in the same memory
+          local value = later:get()
+          assert.is_true(later:ready())
+          assert.equal(3, value[1])
+          assert.equal(3, value[count])
+          assert.equal(value, later:get())
+          y:free()
+        end
+      end
+      assert.equal(7, qm.full({}, 7):read_later():get())
+      assert.equal(0, #qm.zeros({ 0, 3 }):read_later():get())
+    end)
+
+    it("can be dropped, and a freed tensor is refused", function()
+      local handles = qm.handles_live()
+      local x = qm.zeros({ 5 })
+      x:read_later():free()
+      x:free()
+      assert.equal(handles, qm.handles_live())
+      assert.error_matches(function() x:read_later() end, "freed")
+    end)
+  end)
 end)

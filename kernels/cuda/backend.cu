@@ -3,115 +3,25 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "cuda.h"
+#include "memory.h"
 
 const qm_host *qm_cuda_host;
 
-struct qm_cuda_retired {
-  qm_cuda_retired *next;
-  void *memory;
-};
-
-static const char *const operation_names[] = {
-#define X(name) #name,
-    QM_KERNEL_LIST(X)
-#undef X
-};
-
-int32_t qm_cuda_check(cudaError_t error, const char *operation) {
-  if (error == cudaSuccess) return QM_OK;
-  cudaGetLastError(); /* take it, where it can be taken */
-  return qm_cuda_host->fail(error == cudaErrorMemoryAllocation ? QM_E_MEMORY : QM_E_DEVICE,
-                            "cuda: %s: %s", operation, cudaGetErrorString(error));
-}
-
-int32_t qm_cuda_launched(qm_cuda *cuda, const char *operation) {
-  cudaError_t error = cudaGetLastError();
-  if (error == cudaSuccess && cuda->wait_each) error = cudaStreamSynchronize(cuda->compute);
-  return qm_cuda_check(error, operation);
-}
-
-int32_t qm_cuda_scratch(qm_cuda *cuda, int64_t size_bytes, void **out) {
-  if (size_bytes > cuda->scratch_bytes) {
-    /* Queued work, and recorded graphs, still use the old one: it stays until the device closes.
-    ** Doubling bounds what stays by what is in use. */
-    const int64_t doubled = 2 * cuda->scratch_bytes;
-    const int64_t wanted = size_bytes > doubled ? size_bytes : doubled;
-    void *memory = NULL;
-    const int32_t status = qm_cuda_check(cudaMalloc(&memory, (size_t)wanted), "workspace");
-    if (status != QM_OK) return status;
-    if (cuda->scratch != NULL) {
-      qm_cuda_retired *retired = (qm_cuda_retired *)malloc(sizeof *retired);
-      if (retired != NULL) *retired = {cuda->retired, cuda->scratch};
-      if (retired != NULL) cuda->retired = retired;
-    }
-    cuda->scratch = memory;
-    cuda->scratch_bytes = wanted;
-  }
-  *out = cuda->scratch;
-  return QM_OK;
-}
-
-/* Wait for the compute stream; report what failed late. */
-static int32_t wait(qm_cuda *cuda, const char *operation) {
-  const int32_t status = qm_cuda_check(cudaStreamSynchronize(cuda->compute), operation);
-  if (status != QM_OK) return status;
-  qm_cuda_late *late = cuda->late;
-  if (late->found == 0) return QM_OK;
-  late->found = 0;
-  return qm_cuda_host->fail(QM_E_ARGUMENT, "%s: index %lld is outside 0 .. %lld",
-                            operation_names[late->operation], (long long)late->value,
-                            (long long)late->limit - 1);
-}
-
 static int32_t sync(void *context) {
   QM_CUDA_ENTER(context);
-  return wait(cuda, "sync");
-}
-
-static int32_t write_bytes(void *context, void *out, const void *host, int64_t size_bytes) {
-  QM_CUDA_ENTER(context);
-  const cudaError_t error =
-      cudaMemcpyAsync(out, host, (size_t)size_bytes, cudaMemcpyHostToDevice, cuda->compute);
-  return qm_cuda_check(error, "write");
-}
-
-static int32_t read_bytes(void *context, const void *x, void *host, int64_t size_bytes) {
-  QM_CUDA_ENTER(context);
-  const cudaError_t error =
-      cudaMemcpyAsync(host, x, (size_t)size_bytes, cudaMemcpyDeviceToHost, cuda->compute);
-  const int32_t status = qm_cuda_check(error, "read");
-  return status != QM_OK ? status : wait(cuda, "read");
-}
-
-static int32_t allocate(void *context, int64_t size_bytes, void **memory) {
-  QM_CUDA_ENTER(context);
-  const cudaError_t error = cudaMalloc(memory, (size_t)size_bytes);
-  if (error != cudaErrorMemoryAllocation) return qm_cuda_check(error, "allocate");
-  cudaGetLastError();
-  return QM_E_MEMORY; /* the engine's allocator words it */
-}
-
-static void release(void *context, void *memory, int64_t size_bytes) {
-  (void)size_bytes;
-  qm_cuda *cuda = (qm_cuda *)context;
-  cudaSetDevice(cuda->index);
-  cudaFree(memory); /* waits for the device: nothing queued can still use it */
+  return qm_cuda_wait(cuda, cuda->compute, "sync");
 }
 
 static void close_device(void *context) {
   qm_cuda *cuda = (qm_cuda *)context;
   cudaSetDevice(cuda->index);
   if (cuda->compute != NULL) cudaStreamSynchronize(cuda->compute);
-  while (cuda->retired != NULL) {
-    qm_cuda_retired *retired = cuda->retired;
-    cuda->retired = retired->next;
-    cudaFree(retired->memory);
-    free(retired);
-  }
   qm_cuda_gemm_close(cuda);
-  cudaFree(cuda->scratch);
+  qm_cuda_readings_close(cuda);
+  qm_cuda_staging_close(cuda);
+  qm_cuda_scratch_close(cuda);
   cudaFreeHost(cuda->late);
+  if (cuda->event != NULL) cudaEventDestroy(cuda->event);
   if (cuda->copy != NULL) cudaStreamDestroy(cuda->copy);
   if (cuda->compute != NULL) cudaStreamDestroy(cuda->compute);
   free(cuda);
@@ -124,6 +34,7 @@ static int32_t open_parts(void *context) {
       cudaGetDeviceProperties(&properties, cuda->index),
       cudaStreamCreateWithFlags(&cuda->compute, cudaStreamNonBlocking),
       cudaStreamCreateWithFlags(&cuda->copy, cudaStreamNonBlocking),
+      cudaEventCreateWithFlags(&cuda->event, cudaEventDisableTiming),
       cudaHostAlloc((void **)&cuda->late, sizeof *cuda->late, cudaHostAllocMapped),
   };
   for (const cudaError_t error : errors)
@@ -149,12 +60,10 @@ static int32_t open_parts(void *context) {
 static int32_t open_device(int32_t index, void **out) {
   int count = 0;
   const cudaError_t error = cudaGetDeviceCount(&count);
-  if (error != cudaSuccess || count == 0)
-    return qm_cuda_host->fail(QM_E_DEVICE, "cuda: no usable device: %s",
-                              error != cudaSuccess ? cudaGetErrorString(error) : "none is there");
+  if (error != cudaSuccess || count == 0) return qm_cuda_no_device(error);
   if (index >= count)
-    return qm_cuda_host->fail(QM_E_DEVICE, "cuda: there are %d devices, got index %d", count,
-                              index);
+    return qm_cuda_host->fail(QM_E_DEVICE, "cuda: there is no device %d, the last one is %d", index,
+                              count - 1);
   qm_cuda *cuda = (qm_cuda *)calloc(1, sizeof *cuda);
   if (cuda == NULL) return qm_cuda_host->fail(QM_E_MEMORY, "the host is out of memory");
   cuda->index = index;
@@ -168,6 +77,11 @@ static int32_t open_device(int32_t index, void **out) {
 
 static void describe(void *context, qm_device_info *out) {
   const qm_cuda *cuda = (const qm_cuda *)context;
+  size_t free_bytes = 0, total_bytes = 0;
+  cudaSetDevice(cuda->index);
+  cudaMemGetInfo(&free_bytes, &total_bytes);
+  out->free_bytes = (int64_t)free_bytes;
+  out->total_bytes = (int64_t)total_bytes;
   snprintf(out->description, sizeof out->description, "%s", cuda->description);
   out->fast_bf16 = 1;
   out->fused_rows = 64;
@@ -184,11 +98,19 @@ extern "C" __attribute__((visibility("default"))) const qm_backend *qm_backend_e
   backend.open = open_device;
   backend.close = close_device;
   backend.describe = describe;
-  backend.allocate = allocate;
-  backend.release = release;
-  backend.write = write_bytes;
-  backend.read = read_bytes;
+  backend.allocate = qm_cuda_allocate;
+  backend.release = qm_cuda_release;
+  backend.write = qm_cuda_write;
+  backend.read = qm_cuda_read;
   backend.sync = sync;
+  backend.read_begin = qm_cuda_read_begin;
+  backend.read_ready = qm_cuda_read_ready;
+  backend.read_end = qm_cuda_read_end;
+  backend.copy_between = qm_cuda_copy_between;
+  backend.graph_begin = qm_cuda_graph_begin;
+  backend.graph_end = qm_cuda_graph_end;
+  backend.graph_launch = qm_cuda_graph_launch;
+  backend.graph_release = qm_cuda_graph_release;
   qm_kernels *kernels = &backend.kernels;
   kernels->accumulate = qm_cuda_accumulate;
   kernels->adam_direction = qm_cuda_adam_direction;

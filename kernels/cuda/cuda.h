@@ -25,14 +25,19 @@ typedef struct qm_cuda {
   int32_t multiprocessors;
   int32_t capability; /* 90 for compute capability 9.0 */
   cudaStream_t compute, copy;
-  void *scratch; /* one workspace, see qm_cuda_scratch */
+  cudaEvent_t event; /* for one stream to follow another */
+  void *scratch;     /* one workspace, see qm_cuda_scratch */
   int64_t scratch_bytes;
-  struct qm_cuda_retired *retired; /* earlier, smaller workspaces */
-  qm_cuda_late *late;              /* as the host sees it */
-  qm_cuda_late *late_device;       /* the same memory as kernels see it */
-  struct qm_cuda_blas *blas;       /* cuBLASLt's handle, plans and workspace */
-  struct qm_cuda_linalg *linalg;   /* cuSOLVER's handle, made when first used */
-  bool wait_each;                  /* $QM_CUDA_SYNC=1: wait after every launch, for exact errors */
+  struct qm_cuda_retired *retired;  /* earlier, smaller workspaces */
+  qm_cuda_late *late;               /* as the host sees it */
+  qm_cuda_late *late_device;        /* the same memory as kernels see it */
+  struct qm_cuda_staging *staging;  /* pinned memory between the host and the device */
+  struct qm_cuda_reading *readings; /* finished reads, whose pinned memory is kept */
+  struct qm_cuda_blas *blas;        /* cuBLASLt's handle, plans and workspace */
+  struct qm_cuda_linalg *linalg;    /* cuSOLVER's handle, made when first used */
+  const char *last;                 /* the operation queued last */
+  bool recording;                   /* the compute stream is being captured */
+  bool wait_each;                   /* $QM_CUDA_SYNC=1: wait after every launch, for exact errors */
   char description[192];
 } qm_cuda;
 

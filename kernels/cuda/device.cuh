@@ -39,7 +39,8 @@ int32_t qm_with_float(int32_t dtype, Body body) {
 }
 
 /* The same for the 16-bit ones. */
-template <typename Body> int32_t qm_with_half(int32_t dtype, Body body) {
+template <typename Body>
+int32_t qm_with_half(int32_t dtype, Body body) {
   return dtype == QM_F16 ? body(__half{}) : body(__nv_bfloat16{});
 }
 

@@ -79,6 +79,68 @@ function Reading:totable()
   return (nest(buffer, self.shape, 1, 0))
 end
 
+---A value on its way: the device goes on meanwhile.
+---
+---    local loss = step(tokens, targets):read_later()
+---    ...                                            -- the next steps' work
+---    print(loss:get())
+---
+---@class qm.Reading
+---@field dtype string
+---@field shape integer[]
+---@field handle ffi.cdata*|nil   until the value is here
+---@field value any
+local Later = {}
+Later.__index = Later
+
+local out_reading = ffi.new("qm_reading *[1]")
+
+---Begin to read the elements, as they are now, without waiting for them.
+---@return qm.Reading
+function Reading:read_later()
+  self:alive("read_later")
+  local source = self
+  if self.dtype == "f16" or self.dtype == "bf16" then source = self:to("f32") end
+  local later = setmetatable({ dtype = source.dtype, shape = source.shape, count = source:count() }, Later)
+  local status = lib.qm_read_begin(source.desc, out_reading)
+  if source ~= self then source:free() end
+  binding.check(status, "read_later")
+  later.handle = ffi.gc(out_reading[0], lib.qm_reading_release)
+  return later
+end
+
+---Is the value here, so that get() does not wait?
+function Later:ready()
+  if not self.handle then return true end
+  local answer = lib.qm_reading_ready(self.handle)
+  binding.check(math.min(answer, 0), "reading:ready")
+  return answer == 1
+end
+
+---The value: a number, or nested tables of numbers, as totable() gives.
+function Later:get()
+  if self.handle then
+    local buffer = host_buffer.memory("reading:get", self.dtype, self.count)
+    local handle = ffi.gc(self.handle, nil)
+    self.handle = nil
+    binding.check(lib.qm_reading_end(handle, buffer, self.count * dtypes.size[self.dtype]), "reading:get")
+    tame_nans(buffer, self.count, self.dtype)
+    self.value = nest(buffer, self.shape, 1, 0)
+  end
+  return self.value
+end
+
+---Forget the value.
+function Later:free()
+  if self.handle then lib.qm_reading_release(ffi.gc(self.handle, nil)) end
+  self.handle = nil
+end
+
+function Later.describe(reading)
+  return ("qm.Reading %s [%s]"):format(reading.dtype, table.concat(reading.shape, ", "))
+end
+check.methods("qm.Reading", Later, { describe = true })
+
 ---The only element, as a number. Waits for the device.
 function Reading:item()
   if self:count() ~= 1 then check.fail("item", "self", "a tensor of one element", self) end
