@@ -17,6 +17,7 @@ static void close_device(void *context) {
   cudaSetDevice(cuda->index);
   if (cuda->compute != NULL) cudaStreamSynchronize(cuda->compute);
   qm_cuda_gemm_close(cuda);
+  qm_cuda_linalg_close(cuda);
   qm_cuda_readings_close(cuda);
   qm_cuda_staging_close(cuda);
   qm_cuda_scratch_close(cuda);
@@ -125,6 +126,7 @@ extern "C" __attribute__((visibility("default"))) const qm_backend *qm_backend_e
   kernels->gemm = qm_cuda_gemm;
   kernels->grad_scale = qm_cuda_grad_scale;
   kernels->permute = qm_cuda_permute;
+  kernels->qr = qm_cuda_qr;
   kernels->random = qm_cuda_random;
   kernels->reduce = qm_cuda_reduce;
   kernels->rms_norm = qm_cuda_rms_norm;
@@ -133,6 +135,7 @@ extern "C" __attribute__((visibility("default"))) const qm_backend *qm_backend_e
   kernels->scatter_add = qm_cuda_scatter_add;
   kernels->softmax = qm_cuda_softmax;
   kernels->sum_squares = qm_cuda_sum_squares;
+  kernels->svd = qm_cuda_svd;
   kernels->swiglu = qm_cuda_swiglu;
   kernels->swiglu_backward = qm_cuda_swiglu_backward;
   kernels->unary = qm_cuda_unary;

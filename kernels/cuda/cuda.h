@@ -34,7 +34,7 @@ typedef struct qm_cuda {
   struct qm_cuda_staging *staging;  /* pinned memory between the host and the device */
   struct qm_cuda_reading *readings; /* finished reads, whose pinned memory is kept */
   struct qm_cuda_blas *blas;        /* cuBLASLt's handle, plans and workspace */
-  struct qm_cuda_linalg *linalg;    /* cuSOLVER's handle, made when first used */
+  void *solver;                     /* cuSOLVER's handle, made when first used */
   const char *last;                 /* the operation queued last */
   bool recording;                   /* the compute stream is being captured */
   bool wait_each;                   /* $QM_CUDA_SYNC=1: wait after every launch, for exact errors */
@@ -51,9 +51,10 @@ int32_t qm_cuda_launched(qm_cuda *cuda, const char *operation);
 ** since both run on the compute stream. Grows to the largest request. */
 int32_t qm_cuda_scratch(qm_cuda *cuda, int64_t size_bytes, void **out);
 
-/* gemm.cu */
+/* gemm.cu, linalg.cu */
 int32_t qm_cuda_gemm_open(qm_cuda *cuda);
 void qm_cuda_gemm_close(qm_cuda *cuda);
+void qm_cuda_linalg_close(qm_cuda *cuda);
 
 /* Make the context's device current for this thread, or return from the calling function. */
 #define QM_CUDA_ENTER(context)                                                                     \
