@@ -137,9 +137,9 @@ typedef struct qm_attention_backward_args {
   qm_attention_options options;
 } qm_attention_backward_args;
 typedef struct qm_cross_entropy_args {
-  qm_array logits, targets, loss, dlogits;
+  qm_array logits, targets, factor, loss, dlogits;
   int64_t rows, columns;
-  double scale;
+  double scale; /* of dlogits, as is *factor where it is given */
   int32_t ignore_index;
 } qm_cross_entropy_args;
 

@@ -275,11 +275,12 @@ int32_t qm_attention_backward(const qm_tensor *dout, const qm_tensor *q, const q
                               const qm_tensor *cu_q, const qm_tensor *cu_k, const qm_tensor *dq,
                               const qm_tensor *dk, const qm_tensor *dv,
                               const qm_attention_options *options);
-/* loss[r] = -log softmax(logits[r])[targets[r]]; dlogits = scale * (softmax - onehot), or NULL, may
-** be logits itself. Rows whose target is ignore_index give 0 and no gradient.
-** logits, dlogits float [R, V]; targets i32 [R]; loss f32 [R]. */
-int32_t qm_cross_entropy(const qm_tensor *logits, const qm_tensor *targets, const qm_tensor *loss,
-                         const qm_tensor *dlogits, double scale, int32_t ignore_index);
+/* loss[r] = -log softmax(logits[r])[targets[r]]; dlogits = scale * factor * (softmax - onehot), or
+** NULL, may be logits itself. Rows whose target is ignore_index give 0 and no gradient.
+** logits, dlogits float [R, V]; targets i32 [R]; factor f32 [], or NULL for 1; loss f32 [R]. */
+int32_t qm_cross_entropy(const qm_tensor *logits, const qm_tensor *targets, const qm_tensor *factor,
+                         const qm_tensor *loss, const qm_tensor *dlogits, double scale,
+                         int32_t ignore_index);
 
 /* ---- optimizer steps ---- */
 

@@ -33,8 +33,10 @@ describe("qm.cast", function()
     for _, from in ipairs(names) do
       for _, to in ipairs(names) do
         local x = qm.randn({ 3, 517 }, reference, 0, 60):to(from)
-        local expected, actual = testing.both({ x }, function(y) return y:cast(to) end)
-        testing.assert_equal(expected[1], actual[1], from .. " to " .. to)
+        for _, move in ipairs({ false, testing.shifted }) do
+          local expected, actual = testing.both({ x }, function(y) return y:cast(to) end, move)
+          testing.assert_equal(expected[1], actual[1], from .. " to " .. to)
+        end
       end
     end
   end)

@@ -81,8 +81,10 @@ describe("unary operations", function()
       it(name .. " equals the reference in " .. dtype .. ", on odd sizes", function()
         for _, shape in ipairs({ {}, { 1 }, { 3, 5 }, { 7, 515 }, { 0, 3 } }) do
           local x = inputs_for(entry, shape):to(dtype)
-          local expected, actual = testing.both({ x }, entry[1])
-          testing.assert_close(expected[1], actual[1], dtype == "f32" and 2e-6 or 1e-2)
+          for _, move in ipairs({ false, testing.shifted }) do
+            local expected, actual = testing.both({ x }, entry[1], move)
+            testing.assert_close(expected[1], actual[1], dtype == "f32" and 2e-6 or 1e-2)
+          end
         end
       end)
     end
@@ -143,7 +145,8 @@ local BINARY = {
 }
 local SHAPES = { { { 3, 5 }, { 3, 5 } }, { { 3, 5 }, { 5 } }, { { 5 }, { 3, 5 } }, { { 3, 5 }, { 3, 1 } },
   { { 3, 5 }, {} }, { { 2, 1, 3, 1 }, { 4, 1, 5 } }, { { 7, 515 }, { 515 } }, { { 7, 515 }, { 7, 1 } },
-  { { 1030 }, { 1030 } }, { { 2, 0 }, { 1, 1 } } }
+  { { 1030 }, { 1030 } }, { { 2, 0 }, { 1, 1 } },
+  { { 7, 48 }, { 48 } }, { { 7, 48 }, { 7, 1 } }, { { 5, 3, 2, 16 }, { 5, 1, 2, 1 } }, { { 40, 1 }, { 1, 40 } } }
 
 describe("binary operations", function()
   for name, plain in pairs(BINARY) do
@@ -160,8 +163,10 @@ describe("binary operations", function()
         for _, types in ipairs({ { "f32", "f32" }, { "bf16", "bf16" }, { "f16", "f32" }, { "bf16", "f32" } }) do
           local a = qm.randn(shapes[1], reference):to(types[1])
           local b = (qm.rand(shapes[2], reference, 0.5, 2)):to(types[2])
-          local expected, actual = testing.both({ a, b }, qm[name])
-          testing.assert_equal(expected[1], actual[1])
+          for _, move in ipairs({ false, testing.shifted }) do
+            local expected, actual = testing.both({ a, b }, qm[name], move)
+            testing.assert_equal(expected[1], actual[1])
+          end
         end
       end
     end)

@@ -35,22 +35,40 @@ describe("qm.cross_entropy", function()
       for _, shape in ipairs({ { 1, 1 }, { 3, 5 }, { 17, 512 }, { 5, 1025 }, { 2, 40001 } }) do
         local logits = qm.randn(shape, { device = "reference" }, 0, 5):to(dtype)
         local targets = random_targets(shape[1], shape[2], -7)
-        local expected, actual = testing.both({ logits, targets }, function(x, y)
+        local function losses_and_gradient(x, y)
           local losses, dx = qm.empty({ shape[1] }, { device = x.device }), x:clone()
-          binding.check(binding.lib.qm_cross_entropy(x.desc, y.desc, losses.desc, dx.desc, 0.5, -7), "loss")
+          local function run(from, out, gradient)
+            binding.check(binding.lib.qm_cross_entropy(from.desc, y.desc, nil, out.desc, gradient and gradient.desc,
+              0.5, -7), "loss")
+          end
+          run(x, losses, dx)
           local losses_alone, in_place = qm.empty({ shape[1] }, { device = x.device }), x:clone()
-          binding.check(binding.lib.qm_cross_entropy(in_place.desc, y.desc, losses_alone.desc, nil, 0.5, -7), "loss")
+          run(in_place, losses_alone)
           testing.assert_equal(losses, losses_alone, "with and without the gradient")
-          binding.check(binding.lib.qm_cross_entropy(in_place.desc, y.desc, losses_alone.desc, in_place.desc, 0.5, -7),
-            "loss")
+          run(in_place, losses_alone, in_place)
           testing.assert_equal(dx, in_place, "the gradient in place of the logits")
           return losses, dx
-        end)
-        testing.assert_close(expected[1], actual[1], 2e-6, "losses")
-        testing.assert_close(expected[2], actual[2], tolerance, "gradients")
+        end
+        for _, move in ipairs({ false, testing.shifted }) do
+          local expected, actual = testing.both({ logits, targets }, losses_and_gradient, move)
+          testing.assert_close(expected[1], actual[1], 2e-6, "losses")
+          testing.assert_close(expected[2], actual[2], tolerance, "gradients")
+        end
       end
     end)
   end
+
+  it("multiplies the gradient by a factor that lies on the device", function()
+    for _, device in ipairs({ "reference", testing.device }) do
+      local logits, targets = qm.randn({ 3, 7 }, { device = device }), i32({ 6, -100, 0 }, device)
+      local losses, once, thrice = qm.empty({ 3 }, { device = device }), logits:clone(), logits:clone()
+      local factor = qm.full({}, 3, { device = device })
+      local run = binding.lib.qm_cross_entropy
+      binding.check(run(once.desc, targets.desc, nil, losses.desc, once.desc, 1.5, -100), "loss")
+      binding.check(run(thrice.desc, targets.desc, factor.desc, losses.desc, thrice.desc, 0.5, -100), "loss")
+      testing.assert_close(once, thrice, 1e-6)
+    end
+  end)
 
   it("stands logits of hundreds, and classes that are ruled out by minus infinity", function()
     local low = -1 / 0
@@ -86,9 +104,9 @@ describe("qm.cross_entropy", function()
   it("says what is wrong", function()
     local logits = qm.ones({ 2, 3 })
     for _, class in ipairs({ 3, -1 }) do
-      assert.error_matches(function() qm.cross_entropy(logits, i32({ 0, class })) end,
+      testing.assert_refused_late(function() qm.cross_entropy(logits, i32({ 0, class })) end,
         "qm.cross_entropy: argument 'targets': expected classes from 0 to 2, or -100, got " .. class .. " at 1",
-        1, true)
+        ("cross_entropy: index %d is outside 0 .. 2"):format(class))
     end
     assert.error_matches(function() qm.cross_entropy(logits, i32({ 0 })) end,
       "argument 'targets': expected i32 [R=2], got qm.Tensor i32 [1]", 1, true)
@@ -211,7 +229,9 @@ describe("qm.linear_cross_entropy", function()
       { transposed = true })
     refuses("argument 'weight': expected float [C=3, V], got qm.Tensor f32 [3]", x, qm.ones({ 3 }), targets)
     refuses("argument 'x': expected float [R, C], got qm.Tensor f32 [2]", qm.ones({ 2 }), weight, targets)
-    refuses("argument 'targets': expected classes from 0 to 3, or -100, got 4 at 1", x, weight, i32({ 0, 4 }))
+    testing.assert_refused_late(function() qm.linear_cross_entropy(x, weight, i32({ 0, 4 })) end,
+      "qm.linear_cross_entropy: argument 'targets': expected classes from 0 to 3, or -100, got 4 at 1",
+      "cross_entropy: index 4 is outside 0 .. 3")
     refuses("argument 'targets': expected a tensor, got nothing", x, weight, nil)
     refuses("argument 'chunk_rows': expected an integer of at least 1, got number 0", x, weight, targets,
       { chunk_rows = 0 })

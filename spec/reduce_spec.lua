@@ -7,7 +7,8 @@ local nan = 0 / 0
 
 -- Shapes and dimensions that put the reduced dimension last, first, in the middle; long and short.
 local CASES = { { { 3, 5 }, 1 }, { { 3, 5 }, 2 }, { { 2, 3, 4 }, 2 }, { { 7, 515 }, 1 }, { { 7, 515 }, 2 },
-  { { 2, 1030, 3 }, 2 }, { { 1 }, 1 }, { { 4099 }, 1 }, { { 3, 5 } }, { {} }, { { 70001 } }, { { 1500, 33 }, 1 } }
+  { { 2, 1030, 3 }, 2 }, { { 1 }, 1 }, { { 4099 }, 1 }, { { 3, 5 } }, { {} }, { { 70001 } }, { { 1500, 33 }, 1 },
+  { { 1500, 264 }, 1 }, { { 3, 700, 72 }, 2 }, { { 1200, 65 }, 2 }, { { 3, 20003 }, 2 } }
 
 describe("reductions", function()
   local x = qm.tensor({ { 1, -2, 3 }, { 4, 5, -6 } })
@@ -66,8 +67,8 @@ describe("reductions", function()
     for _, dtype in ipairs({ "f32", "bf16", "f16" }) do
       it(name .. " equals the reference in " .. dtype, function()
         for _, case in ipairs(CASES) do
-          local input = qm.randn(case[1], reference):to(dtype)
-          local expected, actual = testing.both({ input }, function(y) return y[name](y, case[2]) end)
+          local input, move = qm.randn(case[1], reference):to(dtype), math.random() < 0.5 and testing.shifted or nil
+          local expected, actual = testing.both({ input }, function(y) return y[name](y, case[2]) end, move)
           local what = name .. " of " .. tostring(#case[1]) .. " dimensions, along " .. tostring(case[2])
           if name == "sum" or name == "mean" then
             -- Signs cancel, so the bound is against the sum of magnitudes.
@@ -146,8 +147,10 @@ describe("qm.sum_squares", function()
   it("equals the reference", function()
     for _, dtype in ipairs({ "f32", "bf16", "f16" }) do
       for _, shape in ipairs({ {}, { 3, 5 }, { 7, 515 }, { 70001 }, { 0 } }) do
-        local expected, actual = testing.both({ qm.randn(shape, reference):to(dtype) }, qm.sum_squares)
-        testing.assert_close(expected[1], actual[1], 1e-6)
+        for _, move in ipairs({ false, testing.shifted }) do
+          local expected, actual = testing.both({ qm.randn(shape, reference):to(dtype) }, qm.sum_squares, move)
+          testing.assert_close(expected[1], actual[1], 1e-6)
+        end
       end
     end
   end)
@@ -173,8 +176,10 @@ describe("qm.softmax", function()
     for _, dtype in ipairs({ "f32", "bf16", "f16" }) do
       for _, shape in ipairs({ { 1 }, { 3, 5 }, { 7, 515 }, { 2, 3, 1031 }, { 3, 0 } }) do
         local x = qm.randn(shape, reference, 0, 5):to(dtype)
-        local expected, actual = testing.both({ x }, qm.softmax)
-        testing.assert_close(expected[1], actual[1], dtype == "f32" and 2e-6 or 8e-3)
+        for _, move in ipairs({ false, testing.shifted }) do
+          local expected, actual = testing.both({ x }, qm.softmax, move)
+          testing.assert_close(expected[1], actual[1], dtype == "f32" and 2e-6 or 8e-3)
+        end
       end
     end
   end)

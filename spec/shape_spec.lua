@@ -71,10 +71,14 @@ describe("qm.permute and qm.transpose", function()
     for _, dtype in ipairs({ "f32", "bf16", "i8", "i32", "i64" }) do
       for _, case in ipairs({ { { 3, 5 }, { 2, 1 } }, { { 67, 130 }, { 2, 1 } }, { { 5, 33, 70 }, { 1, 3, 2 } },
         { { 9, 4, 17 }, { 2, 1, 3 } }, { { 2, 3, 4, 5 }, { 4, 2, 1, 3 } }, { { 7 }, { 1 } },
+        { { 6, 10, 64 }, { 2, 1, 3 } }, { { 128, 192 }, { 2, 1 } }, { { 3, 128, 66 }, { 1, 3, 2 } },
+        { { 3, 5, 7, 9 }, { 3, 1, 4, 2 } }, { { 3, 1, 5 }, { 3, 2, 1 } },
         { { 0, 3 }, { 2, 1 } } }) do
         local x = qm.randn(case[1], reference, 0, 50):to(dtype)
-        local expected, actual = testing.both({ x }, function(y) return y:permute(case[2]) end)
-        testing.assert_equal(expected[1], actual[1])
+        for _, move in ipairs({ false, testing.shifted }) do
+          local expected, actual = testing.both({ x }, function(y) return y:permute(case[2]) end, move)
+          testing.assert_equal(expected[1], actual[1])
+        end
       end
     end
   end)

@@ -1,99 +1,86 @@
-/* row.cuh - a row's largest value and its sum of exponentials, in one pass (arXiv 1805.02867). */
+/* row.cuh - a row's largest value and its sum of exponentials, in one pass (arXiv 1805.02867).
+**
+** Everything is in powers of two: with L = log2(e) rounded to f32, exp(x - m) is taken as
+** 2^(L x - base), base = fl(L m), so that an element costs one fmaf and one ex2.
+*/
 #ifndef QM_ROW_CUH
 #define QM_ROW_CUH
 
 #include "pack.cuh"
 
-enum { QM_ROW_THREADS = 512 };
+static constexpr float QM_LOG2_E = 1.44269504f;
 
-/* exp(x - most); with most minus infinity the row is all minus infinity, or NaN. */
-__device__ __forceinline__ float qm_row_exp(float x, float most) {
-  return exp2f((x - most) * 1.4426950409f);
+/* 2^x to 2 ulp; below 2^-126 it is 0. */
+__device__ __forceinline__ float qm_exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
 }
 
+/* sum = sum of 2^(L x - base), base = L times the largest; of nothing, base is minus infinity. */
 struct qm_row_sum {
-  float most, sum; /* sum of exp(x - most) */
+  float base, sum;
+  /* Where all are minus infinity, their distance from 0 stands for that from the largest. */
+  __device__ __forceinline__ float shift() const { return base == -INFINITY ? 0.0f : base; }
+  __device__ __forceinline__ float term(float x) const {
+    return qm_exp2(fmaf(x, QM_LOG2_E, -shift()));
+  }
+  /* log of the sum of exp(x) less `chosen`. base belongs to L and not to log2(e). */
+  __device__ __forceinline__ float loss(float chosen) const {
+    return (float)((double)logf(sum) + (double)base * (1.0 / (double)QM_LOG2_E) - (double)chosen);
+  }
 };
 
-__device__ __forceinline__ qm_row_sum qm_row_join(qm_row_sum a, qm_row_sum b) {
-  const float most = fmaxf(a.most, b.most);
-  /* Nothing but minus infinity so far: 0, or the NaN that is there. */
-  if (most == -INFINITY) return {most, a.sum + b.sum};
-  return {most, a.sum * qm_row_exp(a.most, most) + b.sum * qm_row_exp(b.most, most)};
-}
-
-/* Elements before x + i reach an aligned address. */
-template <typename T>
-__device__ __forceinline__ int64_t qm_row_head(const T *x, int64_t columns) {
-  const int64_t misaligned = (int64_t)((uintptr_t)x % 16 / sizeof(T));
-  const int64_t head = misaligned == 0 ? 0 : qm_width<T> - misaligned;
-  return head < columns ? head : columns;
-}
+__device__ __forceinline__ qm_row_sum qm_row_nothing() { return {-INFINITY, 0.0f}; }
 
 template <int N>
-__device__ __forceinline__ void qm_row_add(qm_row_sum &state, const float (&v)[N]) {
+__device__ __forceinline__ void qm_row_add(qm_row_sum &row, const float (&v)[N]) {
   float most = v[0];
 #pragma unroll
   for (int i = 1; i < N; i++) most = fmaxf(most, v[i]);
-  if (most > state.most) { /* minus infinity, with nothing summed yet, gives a factor of 0 */
-    state.sum *= qm_row_exp(state.most, most);
-    state.most = most;
+  most *= QM_LOG2_E;
+  if (most > row.base) {
+    row.sum *= qm_exp2(row.base - most);
+    row.base = most;
   }
-  const float base = state.most == -INFINITY ? 0.0f : state.most;
 #pragma unroll
-  for (int i = 0; i < N; i++) state.sum += qm_row_exp(v[i], base);
+  for (int i = 0; i < N; i++) row.sum += row.term(v[i]);
 }
 
-/* The whole row's, in every thread of a block of QM_ROW_THREADS. Synchronizes the block. */
-template <typename T>
-__device__ __forceinline__ qm_row_sum qm_row_reduce(const T *x, int64_t columns) {
-  constexpr int N = qm_width<T>;
-  const int64_t head = qm_row_head(x, columns), packs = (columns - head) / N;
-  const int64_t tail = head + packs * N + threadIdx.x;
-  qm_row_sum state = {-INFINITY, 0.0f};
-  for (int64_t i = threadIdx.x; i < packs; i += QM_ROW_THREADS) {
-    float v[N];
-    qm_read<N>(x + head + i * N, true, N, v);
-    qm_row_add<N>(state, v);
-  }
-  if (threadIdx.x < head) {
-    const float v[1] = {qm_float(x[threadIdx.x])};
-    qm_row_add<1>(state, v);
-  }
-  if (tail < columns) {
-    const float v[1] = {qm_float(x[tail])};
-    qm_row_add<1>(state, v);
-  }
-  __shared__ qm_row_sum shared[QM_ROW_THREADS / 32];
-  for (int offset = 16; offset > 0; offset /= 2)
-    state = qm_row_join(state, {__shfl_xor_sync(0xFFFFFFFFu, state.most, offset),
-                                __shfl_xor_sync(0xFFFFFFFFu, state.sum, offset)});
-  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = state;
+/* The warp's whole, in every lane. */
+__device__ __forceinline__ qm_row_sum qm_row_warp_join(qm_row_sum row) {
+  const float base = qm_warp_max(row.base);
+  const qm_row_sum whole = {base, 0.0f};
+  return {base, qm_warp_sum(row.sum * qm_exp2(row.base - whole.shift()))};
+}
+
+/* The block's whole, in every thread; `partial`, of 32, is written before the barrier and read
+** behind
+** it. Synchronizes the block. */
+__device__ __forceinline__ qm_row_sum qm_row_block_join(qm_row_sum row, qm_row_sum *partial) {
+  row = qm_row_warp_join(row);
+  if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = row;
   __syncthreads();
-  state = shared[0];
-  for (int i = 1; i < QM_ROW_THREADS / 32; i++) state = qm_row_join(state, shared[i]);
-  return state;
+  const bool there = threadIdx.x % 32 < blockDim.x / 32;
+  return qm_row_warp_join(there ? partial[threadIdx.x % 32] : qm_row_nothing());
 }
 
-/* out[i] = op(x[i], i) over a row; x may be out. */
-template <typename T, typename Op>
-__device__ __forceinline__ void qm_row_map(const T *x, T *out, int64_t columns, Op op) {
-  constexpr int N = qm_width<T>;
-  const bool together = ((uintptr_t)x - (uintptr_t)out) % 16 == 0;
-  const int64_t head = together ? qm_row_head(x, columns) : columns;
-  const int64_t packs = (columns - head) / N;
-  for (int64_t i = threadIdx.x; i < packs; i += QM_ROW_THREADS) {
-    const int64_t first = head + i * N;
-    float v[N];
-    qm_read<N>(x + first, true, N, v);
-#pragma unroll
-    for (int j = 0; j < N; j++) v[j] = op(v[j], first + j);
-    qm_write<N>(out + first, true, N, v);
+/* A row as packs of 16 aligned bytes and the edges before and behind them. */
+template <typename T>
+struct qm_row_parts {
+  static constexpr int N = qm_width<T>;
+  int head, packs, edges;
+  __device__ __forceinline__ qm_row_parts(const T *x, int64_t columns) {
+    const int misaligned = (int)((uintptr_t)x % 16 / sizeof(T));
+    head = misaligned == 0 ? 0 : N - misaligned;
+    if (head > columns) head = (int)columns;
+    packs = (int)((columns - head) / N);
+    edges = (int)(columns - (int64_t)packs * N);
   }
-  for (int64_t i = threadIdx.x; i < head; i += QM_ROW_THREADS)
-    out[i] = qm_as<T>(op(qm_float(x[i]), i));
-  for (int64_t i = head + packs * N + threadIdx.x; i < columns; i += QM_ROW_THREADS)
-    out[i] = qm_as<T>(op(qm_float(x[i]), i));
-}
+  /* Where the edge element of this number stands. */
+  __device__ __forceinline__ int64_t edge(int number) const {
+    return number < head ? number : (int64_t)packs * N + number;
+  }
+};
 
 #endif

@@ -12,12 +12,19 @@ int32_t qm_reference_check_targets(const qm_cross_entropy_args *args) {
   return QM_OK;
 }
 
+/* What multiplies the gradient. */
+double qm_reference_loss_scale(const qm_cross_entropy_args *args) {
+  return args->factor.data == NULL ? args->scale
+                                   : args->scale * (double)*(const float *)args->factor.data;
+}
+
 int32_t qm_reference_cross_entropy(void *context, const qm_cross_entropy_args *args) {
   (void)context;
   const int32_t status = qm_reference_check_targets(args);
   if (status != QM_OK) return status;
   const int32_t *targets = args->targets.data, dtype = args->logits.dtype;
   const int64_t columns = args->columns;
+  const double scale = qm_reference_loss_scale(args);
   for (int64_t i = 0; i < args->rows; i++) {
     const int ignored = targets[i] == args->ignore_index;
     const int64_t row = i * columns;
@@ -34,7 +41,7 @@ int32_t qm_reference_cross_entropy(void *context, const qm_cross_entropy_args *a
                           (double)qm_load(args->logits.data, dtype, row + targets[i]));
     for (int64_t j = 0; j < columns && args->dlogits.data != NULL; j++) {
       const double p = exp((double)qm_load(args->logits.data, dtype, row + j) - most) / sum;
-      const double gradient = args->scale * (p - (j == targets[i] ? 1.0 : 0.0));
+      const double gradient = scale * (p - (j == targets[i] ? 1.0 : 0.0));
       qm_store(args->dlogits.data, dtype, row + j, ignored ? 0.0f : (float)gradient);
     }
   }

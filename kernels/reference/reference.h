@@ -21,6 +21,7 @@ extern const qm_kernels qm_reference_kernels;
 int32_t qm_reference_check_offsets(const char *name, const qm_array *offsets, int64_t rows);
 int32_t qm_reference_check_finite(const char *name, const qm_array *x);
 int32_t qm_reference_check_targets(const qm_cross_entropy_args *args);
+double qm_reference_loss_scale(const qm_cross_entropy_args *args);
 int32_t qm_reference_check_positions(const qm_rope_args *args);
 
 /* Host memory for host backends: 64-byte aligned, huge pages where they help. */

@@ -14,6 +14,7 @@ local M = {}
 
 local enabled = true
 local sequence = 0
+local ones = setmetatable({}, { __mode = "k" }) -- gradients that are known to be 1
 
 ---Does anything here lead back to a parameter?
 local function needs_grad(tensor) return tensor and (tensor.requires_grad or tensor.node) and true or false end
@@ -68,6 +69,7 @@ end
 ---Add `grad` (owned by the caller no longer) to what has gathered so far.
 local function add(gathered, grad)
   if not gathered then return grad end
+  ones[gathered] = nil
   -- Memory that somebody else holds too must not change under them.
   if gathered:references() > 1 then
     local own = gathered:clone()
@@ -178,8 +180,15 @@ local running -- the gradients that the running backward() has gathered, by tens
 ---@return qm.Tensor|nil  of the input's type and shape
 function M.gathered(input)
   local sum = running and running[input]
-  if sum and sum.dtype == input.dtype and sum:references() == 1 then return sum end
+  if sum and sum.dtype == input.dtype and sum:references() == 1 then
+    ones[sum] = nil
+    return sum
+  end
 end
+
+---Is this gradient known to be 1, as that of a loss is? What was scaled for it in the forward pass is
+---done; asking the tensor would wait for the device.
+function M.is_one(grad) return ones[grad] or false end
 
 local function walk(roots, grads, is_root)
   local nodes = collect_nodes(roots)
@@ -230,6 +239,7 @@ function Tensor:backward(grad)
   if grad == nil then
     if self:count() ~= 1 then check.fail("backward", "grad", "a gradient, for this is no single number", grad) end
     grad = self:empty_like():fill(1)
+    ones[grad] = true
   else
     check.desc("backward", "grad", grad)
     if table.concat(grad.shape, ",") ~= table.concat(self.shape, ",") then

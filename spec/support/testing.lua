@@ -39,6 +39,19 @@ function M.shifted(x)
   return room:view_rows("shifted", 2, count):view_as("shifted", x.shape):copy(x)
 end
 
+---A call that is given a number from a tensor which it cannot take. Host devices look first and say
+---`sentence`; others leave that number out, and the next call that waits says `late`.
+function M.assert_refused_late(call, sentence, late)
+  local ok, message = pcall(call)
+  if M.device ~= "cpu" and M.device ~= "reference" then
+    assert(ok, message)
+    ok, message = pcall(function() qm.device(M.device):sync() end)
+    sentence = late
+  end
+  assert(not ok, "the call went through")
+  assert(tostring(message):find(sentence, 1, true), ("expected '%s' in '%s'"):format(sentence, tostring(message)))
+end
+
 ---The same call on the reference backend and on the device under test.
 ---@param inputs qm.Tensor[]  on the reference device
 ---@param call function  (tensors...) -> tensors

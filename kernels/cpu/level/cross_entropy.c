@@ -51,7 +51,8 @@ static statistics row_statistics(const void *logits, int32_t dtype, int64_t row,
 /* dlogits = scale * (softmax - onehot); may overwrite the logits. */
 static void row_gradient(const qm_cross_entropy_args *args, int64_t row, int64_t target,
                          statistics s) {
-  const float scale = (float)args->scale, factor = (float)(args->scale / s.sum), most = s.most;
+  const double whole = qm_reference_loss_scale(args);
+  const float scale = (float)whole, factor = (float)(whole / s.sum), most = s.most;
   float x[QM_BLOCK];
   for (int64_t i = 0; i < args->columns; i += QM_BLOCK) {
     const int64_t n = QM_MIN(QM_BLOCK, args->columns - i);

@@ -1,38 +1,38 @@
 ---Losses. Cross-entropy comes in two forms: on logits, and fused with the output layer, which never
----holds more than a chunk of the logits.
+---holds more than a chunk of the logits. Neither reads a value back, so neither waits for the device.
 
 local ffi = require("ffi")
 local binding = require("quartermoon.ffi")
 local check = require("quartermoon.check")
 local autograd = require("quartermoon.autograd")
+local broadcast = require("quartermoon.ops.broadcast")
+local kernels = require("quartermoon.ops.apply")
 local scopes = require("quartermoon.scope")
 local tensors = require("quartermoon.tensor")
-local lib = binding.lib
+local lib, C = binding.lib, ffi.C
+local binary_into, unary_into = kernels.binary_into, kernels.unary_into
 local record, needs_grad = autograd.record, autograd.needs_grad
 
 local M = {}
 
----How many targets count.
-local function count_targets(targets, ignore_index)
-  local buffer, rows = targets:host()
-  local count = 0
-  for i = 0, rows - 1 do
-    if buffer[i] ~= ignore_index then count = count + 1 end
-  end
-  return count
+---1 / (how many targets count, at least 1), f32 {}. The comparison is made in f32, where classes below
+---2^24 are exact.
+local function share_of_each(name, targets, ignore_index)
+  local share = tensors.empty({}, { device = targets.device })
+  local ignored, which = targets:to("f32"), broadcast.scalar(ignore_index, targets.device)
+  binary_into(C.QM_EQ, ignored, which, ignored)
+  binding.check(lib.qm_reduce(C.QM_SUM, ignored.desc, share.desc, 0), name)
+  ignored:free() which:free()
+  unary_into(C.QM_AFFINE, share, share, -1, targets.shape[1])
+  unary_into(C.QM_CLAMP, share, share, 1, math.huge)
+  return unary_into(C.QM_RECIPROCAL, share, share)
 end
 
----x = factor x
-local function scale(name, x, factor)
-  binding.check(lib.qm_unary(ffi.C.QM_AFFINE, x.desc, x.desc, factor, 0), name)
-end
-
----The sum of the rows' losses over the count, f32 {}.
-local function mean_loss(name, losses, count)
+---The sum of the rows' losses times each one's share, f32 {}.
+local function mean_loss(name, losses, share)
   local mean = tensors.empty({}, { device = losses.device })
-  binding.check(lib.qm_reduce(ffi.C.QM_SUM, losses.desc, mean.desc, 0), name)
-  scale(name, mean, 1 / math.max(count, 1))
-  return mean
+  binding.check(lib.qm_reduce(C.QM_SUM, losses.desc, mean.desc, 0), name)
+  return binary_into(C.QM_MUL, mean, share, mean)
 end
 
 ---The checks that C cannot make, and the options.
@@ -41,7 +41,7 @@ local function begin(name, tensor_name, x, targets, options, defaults)
   check.desc(name, "targets", targets)
   options = check.options(name, options, defaults)
   check.integer(name, "ignore_index", options.ignore_index, -2 ^ 31, 2 ^ 31 - 1)
-  -- Counted in Lua before the kernel sees them.
+  -- Counted before the kernel sees them.
   if targets.dtype ~= "i32" or #targets.shape ~= 1 or targets.shape[1] ~= x.shape[1] then
     check.fail(name, "targets", ("i32 [R=%s]"):format(x.shape[1]), targets)
   end
@@ -49,7 +49,7 @@ local function begin(name, tensor_name, x, targets, options, defaults)
 end
 
 ---Mean cross-entropy of the targets that count: `-log softmax(logits[r])[targets[r]]`. With none of
----those it is 0, and so is the gradient. Reads the targets back to count them.
+---those it is 0, and so is the gradient.
 ---
 ---@param logits qm.Tensor   float [R, V]
 ---@param targets qm.Tensor  i32 [R], classes from 0 to V - 1, or ignore_index
@@ -59,36 +59,40 @@ end
 function M.cross_entropy(logits, targets, options)
   local name = "qm.cross_entropy"
   options = begin(name, "logits", logits, targets, options, { ignore_index = -100 })
-  local count = count_targets(targets, options.ignore_index)
-  local losses
+  local losses, share
   local function run(dlogits, factor)
-    binding.check(lib.qm_cross_entropy(logits.desc, targets.desc, losses.desc, dlogits and dlogits.desc, factor,
-      options.ignore_index), name)
+    binding.check(lib.qm_cross_entropy(logits.desc, targets.desc, factor and factor.desc, losses.desc,
+      dlogits and dlogits.desc, 1, options.ignore_index), name)
   end
   local mean = scopes.guard(function()
     losses = tensors.empty(targets.shape, { device = logits.device })
-    run(nil, 0)
-    return mean_loss(name, losses, count)
+    run()
+    share = share_of_each(name, targets, options.ignore_index)
+    return mean_loss(name, losses, share)
   end)
-  return record("cross_entropy", { logits }, { mean }, { losses }, function(dout)
+  return record("cross_entropy", { logits }, { mean }, { losses, share }, function(dout)
     local dlogits = logits:empty_like()
-    run(dlogits, dout:item() / math.max(count, 1))
+    run(dlogits, binary_into(C.QM_MUL, share, dout, share))
     return dlogits
   end)
 end
 
 -- Logits in memory at once: 16 Mi elements, but no fewer rows than a matrix product needs to be fast.
 -- Measured at [4096, 256] x [256, 32000] in bf16 on two cores with AMX: 512 rows 230 ms, 128 rows 302,
--- 2048 rows 282.
-local CHUNK_ELEMENTS, CHUNK_ROWS_MIN, CHUNK_ROWS_STEP = 2 ^ 24, 256, 64
+-- 2048 rows 282. A GPU (no host threads) gets 512 Mi: each chunk reads and writes the weight's gradient
+-- once, which takes as long as the products of some 230 rows.
+local CHUNK_ELEMENTS, CHUNK_ELEMENTS_GPU, CHUNK_ROWS_MIN, CHUNK_ROWS_STEP = 2 ^ 24, 2 ^ 29, 256, 64
 
-local function default_chunk_rows(classes)
-  local steps = math.floor(CHUNK_ELEMENTS / math.max(classes, 1) / CHUNK_ROWS_STEP)
-  return math.max(CHUNK_ROWS_MIN, steps * CHUNK_ROWS_STEP)
+---So many rows, in chunks that are nearly equal.
+local function default_chunk_rows(device, rows, classes)
+  local elements = device:info().threads > 0 and CHUNK_ELEMENTS or CHUNK_ELEMENTS_GPU
+  local most = math.max(CHUNK_ROWS_MIN, math.floor(elements / math.max(classes, 1)))
+  local chunks = math.max(1, math.ceil(rows / most))
+  return math.max(CHUNK_ROWS_STEP, math.ceil(rows / chunks / CHUNK_ROWS_STEP) * CHUNK_ROWS_STEP)
 end
 
 ---One pass over the rows, a chunk at a time: losses, and the gradients that are asked for.
----@param job table  { x, weight, targets, losses, dx or nil, dweight or nil, factor, transposed, chunk_rows,
+---@param job table  { x, weight, targets, losses, dx or nil, dweight or nil, share, transposed, chunk_rows,
 ---   ignore_index }; weight in x's type, dweight f32
 local function run_chunks(name, job)
   local function gemm(a, b, out, trans_a, trans_b, beta)
@@ -104,7 +108,7 @@ local function run_chunks(name, job)
     local targets, losses = part(job.targets), part(job.losses)
     gemm(x_part, weight, logits, false, transposed, 0)
     local gradient = (job.dx or job.dweight) and logits.desc or nil
-    binding.check(lib.qm_cross_entropy(logits.desc, targets.desc, losses.desc, gradient, job.factor,
+    binding.check(lib.qm_cross_entropy(logits.desc, targets.desc, job.share.desc, losses.desc, gradient, 1,
       job.ignore_index), name)
     if job.dx then
       local dx_part = part(job.dx)
@@ -126,17 +130,18 @@ end
 
 ---The mean loss, and while gradients are recorded those of x and weight (else nil) for a dout of 1.
 local function fused(name, x, weight, targets, job)
-  local count, recording = count_targets(targets, job.ignore_index), autograd.enabled()
+  local recording = autograd.enabled()
   local cast = weight.dtype ~= x.dtype and weight:to(x.dtype)
-  job.x, job.weight, job.targets, job.factor = x, cast or weight, targets, 1 / math.max(count, 1)
+  job.x, job.weight, job.targets = x, cast or weight, targets
+  job.share = share_of_each(name, targets, job.ignore_index)
   job.losses = tensors.empty(targets.shape, { device = x.device })
   job.dx = recording and needs_grad(x) and x:empty_like() or nil
   job.dweight = recording and needs_grad(weight) and weight:empty_like("f32") or nil
   if job.dweight and x.shape[1] == 0 then job.dweight:fill(0) end
   run_chunks(name, job)
   if cast then cast:free() end
-  local mean = mean_loss(name, job.losses, count)
-  job.losses:free()
+  local mean = mean_loss(name, job.losses, job.share)
+  job.losses:free() job.share:free()
   return mean, job.dx, job.dweight
 end
 
@@ -150,7 +155,7 @@ end
 ---@param weight qm.Tensor   float [C, V], or [V, C] with transposed (an embedding shared with the output)
 ---@param targets qm.Tensor  i32 [R], classes from 0 to V - 1, or ignore_index
 ---@param options table|nil  { ignore_index = -100, transposed = false, chunk_rows = so many that a
----   chunk has 16 Mi logits, at least 256 }
+---   chunk has at most 16 Mi logits (512 Mi on a GPU), or 256 rows }
 ---@return qm.Tensor         f32 {}: the mean over the targets that count, 0 when there is none
 ---@raise when shapes do not fit or a target is no class
 function M.linear_cross_entropy(x, weight, targets, options)
@@ -164,7 +169,7 @@ function M.linear_cross_entropy(x, weight, targets, options)
     check.fail(name, "weight", (transposed and "float [V, C=%d]" or "float [C=%d, V]"):format(x.shape[2]), weight)
   end
   local classes = weight.shape[transposed and 1 or 2]
-  local chunk_rows = options.chunk_rows or default_chunk_rows(classes)
+  local chunk_rows = options.chunk_rows or default_chunk_rows(x.device, x.shape[1], classes)
   check.integer(name, "chunk_rows", chunk_rows, 1)
   local mean, dx, dweight = scopes.guard(fused, name, x, weight, targets, { transposed = transposed,
     chunk_rows = chunk_rows, ignore_index = options.ignore_index })
@@ -174,10 +179,9 @@ function M.linear_cross_entropy(x, weight, targets, options)
   return record("linear_cross_entropy", { x, weight }, { mean }, saved, function(dout)
     -- Handed on, no longer the tape's to release.
     for i = #saved, 1, -1 do saved[i] = nil end
-    local factor = dout:item()
-    if factor ~= 1 then
-      if dx then scale(name, dx, factor) end
-      if dweight then scale(name, dweight, factor) end
+    if not autograd.is_one(dout) then
+      if dx then binary_into(C.QM_MUL, dx, dout, dx) end
+      if dweight then binary_into(C.QM_MUL, dweight, dout, dweight) end
     end
     if dweight and weight.node and weight.dtype ~= "f32" then
       local narrow = dweight:to(weight.dtype)
