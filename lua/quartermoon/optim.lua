@@ -3,7 +3,7 @@
 ---    local optim = qm.optim.new(model, { lr = qm.schedule.cosine(1e-3, 2000), weight_decay = 0.1 })
 ---    model:loss(tokens, targets):backward()
 ---    optim:clip_grad_norm(1)
----    local report = optim:step()     -- { step =, lr =, grad_norm =, skipped = }
+---    local report = optim:step()     -- { step =, lr =, grad_norm =, skipped = ... }
 ---    optim:zero_grad()
 ---
 ---A quantized parameter's weight never exists outside its codes, so how a step is rounded decides
@@ -13,7 +13,11 @@
 local check = require("quartermoon.check")
 local raise = require("quartermoon.ffi").raise
 local attaching = require("quartermoon.optim.attach")
+local graph = require("quartermoon.graph")
 local grouping = require("quartermoon.optim.groups")
+local Measure = require("quartermoon.optim.measure")
+local recorded = require("quartermoon.optim.recorded")
+local Report = require("quartermoon.optim.report")
 local Slot = require("quartermoon.optim.slot")
 local qm = require("quartermoon")
 
@@ -21,11 +25,15 @@ local M = {}
 
 ---@class qm.Optim
 ---@field steps integer    steps asked for, skipped ones included: where the schedules stand
----@field skipped integer  steps that non-finite gradients cost
+---@field skipped integer  steps that non-finite gradients cost. Reading it waits for the device
 ---@field slots table[]    one for each parameter, in order
 local Optim = {}
-Optim.__index = Optim
 M.Optim = Optim
+
+function Optim.__index(self, key)
+  if key == "skipped" then return rawget(self, "measure").skipped:item() end
+  return Optim[key]
+end
 
 ---@param parameters qm.Module|table  a model; a list of parameters (or { name =, param = }); or a list of
 ---   groups { params = (a module or a list), and any option below but non_finite and accumulate }
@@ -49,7 +57,7 @@ M.Optim = Optim
 function M.new(parameters, options)
   local name = "qm.optim.new"
   local groups, own = grouping.resolve(name, parameters, options)
-  local self = setmetatable({ slots = {}, groups = groups, steps = 0, skipped = 0, scale = 1,
+  local self = setmetatable({ slots = {}, groups = groups, steps = 0, looked_at = 0, max_norm = math.huge,
     non_finite = own.non_finite, accumulate = own.accumulate }, Optim)
   local seen = {}
   for _, group in ipairs(groups) do
@@ -62,6 +70,7 @@ function M.new(parameters, options)
     end
   end
   if #self.slots == 0 then check.fail(name, "parameters", "at least one parameter", parameters) end
+  self.measure, self.rooms = Measure.new(self.slots), recorded.rooms(self.slots)
   return self
 end
 
@@ -75,59 +84,56 @@ local function active(self)
   return slots
 end
 
-local function norm_of(slots)
-  return qm.no_grad(function()
-    local squares = 0
-    local devices = {}
-    for _, slot in ipairs(slots) do
-      local grad = slot:gradient()
-      devices[grad.device] = qm.sum_squares(grad, devices[grad.device])
-    end
-    for _, total in pairs(devices) do
-      squares = squares + total:item()
-      total:free()
-    end
-    return math.sqrt(squares)
+---Sum the squares of the gradients, once a step.
+local function measure(self, slots)
+  if self.measured then return end
+  qm.no_grad(function()
+    self.measure:clear()
+    for _, slot in ipairs(slots) do self.measure:add(slot:gradient()) end
   end)
+  self.measured = true
 end
 
 ---The Euclidean norm over all gradients together, dense and quantized. Waits for the device.
 ---@return number  NaN or infinite where a gradient is
 function Optim:grad_norm()
-  self.norm = self.norm or norm_of(active(self)) / self.accumulate
-  return self.norm
+  measure(self, active(self))
+  return qm.no_grad(self.measure.norm_so_far, self.measure) / self.accumulate
 end
 
 ---Let the coming step scale all gradients so that their common norm is at most `max`. The gradients
----themselves are not touched: the update kernels scale as they read.
+---themselves are not touched: the update kernels scale as they read, by what the device finds out. The
+---norm before clipping is the report's `grad_norm`.
 ---@param max number
----@return number norm  before clipping
 function Optim:clip_grad_norm(max)
   check.number("optim:clip_grad_norm", "max", max, 0)
   if self.attached then
     raise("optim:clip_grad_norm: an attached optimizer never sees all gradients at once: see attach's clip_each")
   end
-  local norm = self:grad_norm()
-  self.scale = norm > max and max / norm or 1
-  return norm
+  self.max_norm = max
 end
 
 local function is_finite(x) return x == x and math.abs(x) < math.huge end
 
----Names of the parameters whose gradients hold NaN or infinity.
-local function culprits(slots)
-  local names = {}
+---Must a step be skipped? Only where the host has to know is it told; elsewhere the update kernels see
+---for themselves. Adds the names of the parameters whose gradients hold NaN or infinity to `bad`.
+function Optim:is_bad(gradients, slots, bad)
+  local waits = self.non_finite == "stop"
+  for _, slot in ipairs(slots) do waits = waits or slot.waits end
+  if not waits or is_finite(gradients:norm_so_far()) then return false end
   for _, slot in ipairs(slots) do
-    if not is_finite(slot:gradient_norm()) then names[#names + 1] = slot.name end
+    if not is_finite(slot:gradient_norm()) then bad[#bad + 1] = slot.name end
   end
-  return names
+  return true
 end
 
 local STILL_STEPS = 50
 
----Once in STILL_STEPS steps: which quantized parameters did not move at all?
-local function stillness(self)
-  if self.steps % STILL_STEPS ~= 0 then return nil end
+---Which quantized parameters did not move at all since this was last asked? Looked at once in STILL_STEPS
+---steps, when a report's warning is read.
+function Optim:stillness()
+  if math.floor(self.steps / STILL_STEPS) == self.looked_at then return nil end
+  self.looked_at = math.floor(self.steps / STILL_STEPS)
   local still, count = nil, 0
   for _, slot in ipairs(self.slots) do
     if slot.health and not slot:moved() then
@@ -144,45 +150,61 @@ end
 
 ---The report of the coming step, with every group's learning rates worked out.
 function Optim:begin_report()
-  local step = self.steps + 1
-  local report = { step = step, lrs = {} }
+  local step, lrs = self.steps + 1, {}
   for i, group in ipairs(self.groups) do
     group.rates = { lr = group.schedule(step), lr_next = group.schedule(step + 1) }
-    report.lrs[i] = group.rates.lr
+    lrs[i] = group.rates.lr
   end
-  report.lr = report.lrs[1]
+  return Report.new(self, step, lrs)
+end
+
+---Count the step.
+function Optim:end_step(report)
+  self.steps, self.last = report.step, report
   return report
 end
 
----Count the step and look whether codes move.
-local function end_step(self, report, bad)
-  if report.skipped and self.non_finite == "stop" then
-    raise(("optim:step: the gradient of %s is not finite (step %d)"):format(table.concat(bad, ", "), report.step))
-  end
-  self.steps = report.step
-  if report.skipped then self.skipped = self.skipped + 1 else report.warning = stillness(self) end
-  return report
+local function stop_if_bad(self, report, bad)
+  if #bad == 0 or self.non_finite ~= "stop" then return end
+  raise(("optim:step: the gradient of %s is not finite (step %d)"):format(table.concat(bad, ", "), report.step))
 end
 
----Update every parameter that has a gradient. The gradients stay; see zero_grad.
----@return { step: integer, lr: number, lrs: number[], grad_norm: number, skipped: boolean, warning: string|nil }
----   lr is the first group's; skipped: the gradients were not finite and nothing was changed; warning:
----   some quantized parameter's codes have not moved for 50 steps
+---Update every parameter that has a gradient. The gradients stay; see zero_grad. Nothing is waited for,
+---unless non_finite = "stop", a projector or a grid that is fitted anew wants to know.
+---
+---Inside a qm.graph the step is recorded; every replay takes the next one: its number and learning rates
+---are written before. Then ask optim:report() afterwards.
+---@return qm.optim.Report  { step, lr, lrs, grad_norm, skipped, warning }: the latter three are read from
+---   the device when asked for, and only until the next step. A skipped step changed nothing, for its
+---   gradients were not finite, but it counts, in the schedules and Adam's bias correction too
 ---@raise when no parameter has a gradient, or with non_finite = "stop" where one is not finite
 function Optim:step()
-  if self.attached then return end_step(self, attaching.finish(self)) end
-  local slots = active(self)
-  local norm, scale = self:grad_norm(), self.scale / self.accumulate
-  self.norm, self.scale = nil, 1
-  local report = self:begin_report()
-  report.grad_norm, report.skipped = norm, not is_finite(norm)
-  if not report.skipped then
-    qm.no_grad(function()
-      for _, slot in ipairs(slots) do slot:step(slot.options.rates, scale) end
-    end)
+  if self.attached then
+    local report, bad = attaching.finish(self)
+    stop_if_bad(self, report, bad)
+    return self:end_step(report)
   end
-  return end_step(self, report, report.skipped and culprits(slots))
+  local slots, recording = active(self), graph.recording()
+  if recording then recorded.refuse(self, slots) end
+  local report, max_norm, bad = self:begin_report(), self.max_norm, {}
+  measure(self, slots)
+  self.measured, self.max_norm = nil, math.huge
+  return qm.no_grad(function()
+    local skip = self:is_bad(self.measure, slots, bad)
+    stop_if_bad(self, report, bad)
+    self.measure:settle(1 / self.accumulate, max_norm)
+    if recording then return recorded.step(self, slots, recording, report) end
+    for _, slot in ipairs(skip and {} or slots) do
+      slot:step(slot.options.rates, self.measure:scale(slot.device))
+      slot.steps = slot.steps + 1
+    end
+    return self:end_step(report)
+  end)
 end
+
+---The report of the latest step, a replayed one too.
+---@return qm.optim.Report|nil  nil before the first step
+function Optim:report() return self.last end
 
 ---From now on, update each parameter during backward(), the moment its gradient is complete, and drop
 ---the gradient: full gradients never coexist, which saves more memory than 4-bit weights take. One
@@ -204,13 +226,13 @@ end
 ---@return qm.Optim self
 function Optim:detach()
   attaching.detach(self)
-  self.attached, self.open = nil, nil
+  self.attached = nil
   return self
 end
 
 ---Drop every gradient.
 function Optim:zero_grad()
-  self.norm, self.scale = nil, 1
+  self.measured, self.max_norm = nil, math.huge
   for _, slot in ipairs(self.slots) do slot.param:zero_grad() end
 end
 
@@ -264,7 +286,8 @@ function Optim:load_state(state)
     end
   end
   self.steps = check.integer(name, "steps", numbers.steps, 0)
-  self.skipped = check.integer(name, "skipped", numbers.skipped, 0)
+  self.measure.skipped:fill(check.integer(name, "skipped", numbers.skipped, 0))
+  self.looked_at = math.floor(self.steps / STILL_STEPS)
   local prefixed = {}
   for key, tensor in pairs(state.tensors) do prefixed[#prefixed + 1] = { key, tensor } end
   for i, slot in ipairs(self.slots) do
@@ -279,6 +302,9 @@ end
 ---Release the state.
 function Optim:free()
   for _, slot in ipairs(self.slots) do slot:free() end
+  attaching.detach(self)
+  self.measure:free()
+  for _, room in ipairs(self.rooms) do room.rows:free() end
 end
 
 function Optim:__tostring()

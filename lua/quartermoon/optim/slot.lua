@@ -26,6 +26,7 @@ end
 function Slot.new(param, name, id, options)
   local self = setmetatable({ param = param, name = name, id = id, options = options, steps = 0,
     quantized = module.is_quantized(param) }, Slot)
+  self.device = self.quantized and param.data.device or param.device
   -- Norms and biases are not decayed: pulling a gain towards 0 is no regularisation.
   self.weight_decay = (self.quantized or #param.shape > 1) and options.weight_decay or 0
   if self.quantized then
@@ -35,6 +36,8 @@ function Slot.new(param, name, id, options)
     self.totals, self.moved_before = { elements = 0, moved = 0, clipped = 0, non_finite = 0 }, 0
   end
   if options.projector then self.projector = options.projector(param) end
+  -- Finding a subspace or a grid is decided on the host, which then must know that the step is taken.
+  self.waits = self.projector ~= nil or (self.quantized and options.grid == "refit")
   return self
 end
 
@@ -68,12 +71,13 @@ local function ensure_quantized(self)
   if not self.health then self.health = qm.zeros({ 4 }, { dtype = "i64", device = q.data.device }):keep() end
 end
 
----The numbers of this step, as qm.adamw takes them.
-local function adam_options(self, rates, grad_scale)
+---The numbers of the next step, as qm.adamw and qm.adam_write take them.
+---@param rates { lr: number, lr_next: number }
+function Slot:next_numbers(rates)
   local options = self.options
   return { step = self.steps + 1, lr = rates.lr, lr_next = rates.lr_next, beta1 = options.betas[1],
     beta2 = options.betas[2], eps = options.eps, weight_decay = self.weight_decay,
-    grad_scale = grad_scale, correct_bias = options.correct_bias, seed = options.seed, parameter = self.id }
+    correct_bias = options.correct_bias, seed = options.seed, parameter = self.id }
 end
 
 ---Adam's direction of the projected gradient, projected back to the weight's shape.
@@ -94,9 +98,7 @@ local function step_dense(self, grad, adam)
     return
   end
   local direction = projected_direction(self, grad, adam)
-  local correction = adam.correct_bias and math.sqrt(1 - adam.beta2 ^ adam.step) / (1 - adam.beta1 ^ adam.step) or 1
-  if adam.weight_decay ~= 0 then self.param:mul_(1 - adam.lr * adam.weight_decay) end
-  self.param:add_(direction, -adam.lr * correction)
+  qm.adamw(self.param, direction, nil, nil, adam)
   direction:free()
 end
 
@@ -108,7 +110,7 @@ local function step_quantized(self, grad, adam)
   qm.QParam.update(self.param, { step = self.steps, exp_avg_l = self.exp_avg, exp_avg_s = self.exp_avg_sq,
     grad = low, projector = self.projector, lr = adam.lr, lr_next = adam.lr_next, beta1 = adam.beta1,
     beta2 = adam.beta2, eps = adam.eps, weight_decay = adam.weight_decay, correct_bias = adam.correct_bias,
-    grad_scale = adam.grad_scale, seed = adam.seed, mode = options.mode, rounding = self.rounding,
+    seed = adam.seed, live = adam.live, scale = adam.scale, mode = options.mode, rounding = self.rounding,
     feedback = self.feedback, grid = options.grid, refit_every = options.refit_every,
     refit_method = options.refit_method, health = own and self.health or nil })
   if low ~= grad then low:free() end
@@ -116,13 +118,16 @@ end
 
 ---Take one step with the gradient that is there.
 ---@param rates { lr: number, lr_next: number }
----@param grad_scale number
-function Slot:step(rates, grad_scale)
-  local grad = self:gradient()
-  local adam = adam_options(self, rates, grad_scale)
+---@param scale qm.Tensor      f32 {}: multiplies the gradient; not finite: nothing changes
+---@param live qm.Tensor|nil   i32 [16]: the step's numbers, then those that lie here, see qm.adam_write
+function Slot:step(rates, scale, live)
+  local grad, adam = self:gradient(), self:next_numbers(rates)
+  adam.scale, adam.live = scale, live
   if self.quantized then step_quantized(self, grad, adam) else step_dense(self, grad, adam) end
-  self.steps = self.steps + 1
 end
+
+---Has it the tensors that a step needs, from an earlier step?
+function Slot:is_ready() return self.exp_avg ~= nil and (self.health ~= nil or not self.quantized) end
 
 ---Read how the codes moved since the last reading, and add it to the totals. Waits for the device.
 function Slot:read_health()
@@ -172,10 +177,9 @@ end
 ---@param tensors table<string, qm.Tensor>  copied
 function Slot:load(numbers, tensors)
   self.steps = check.integer("optim:load_state", self.name .. ".steps", numbers.steps, 0)
-  local device = self.quantized and self.param.data.device or self.param.device
   for _, key in ipairs({ "exp_avg", "exp_avg_sq" }) do
     if self[key] then self[key]:free() end
-    self[key] = tensors[key] and tensors[key]:to(device):keep()
+    self[key] = tensors[key] and tensors[key]:to(self.device):keep()
   end
   if self.projector and self.projector.load_state then
     local projected = {}
