@@ -316,7 +316,7 @@ int32_t qm_adam_direction(const qm_tensor *grad, const qm_tensor *exp_avg,
 
 /* From the sum of the squares of all gradients (f32 []): their norm times factor (f32 []), and the
 ** `scale` (f32 []) of a step that takes factor * gradient, clipped to a norm of at most max_norm
-** (HUGE_VAL: not clipped): NaN where the norm is not finite, and then skipped (i64 []) counts one. */
+** (HUGE_VAL: not clipped): NaN where the norm is not finite, and then skipped (i64 []) goes up. */
 int32_t qm_grad_scale(const qm_tensor *squares, const qm_tensor *norm, const qm_tensor *scale,
                       const qm_tensor *skipped, double factor, double max_norm);
 
