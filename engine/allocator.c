@@ -1,12 +1,11 @@
 /* allocator.c - one device's memory: blocks are kept after release and reused by size class.
 **
 ** Sizes round up to sixteen classes per doubling (at most 1/16 wasted), so a training step that
-** asks for the same shapes again and again is served from the cache. The limit bounds live and
-** cached bytes together; the cache is given back before a request is refused.
+** asks for the same shapes again and again is served from the cache. The limit bounds live, cached
+** and workspace bytes together; the cache is given back before a request is refused.
 **
 ** While a graph is recorded its pool serves: from its own released blocks, then from the cache,
-** then
-** from the device, and what it has got stays with it. Its bytes count as live until it is closed.
+** then from the device, and what it has got stays with it. Its bytes count as live until it closes.
 */
 #include <stdlib.h>
 #include <string.h>
@@ -63,6 +62,11 @@ void qm__allocator_close(qm__allocator *allocator) {
   pthread_mutex_destroy(&allocator->lock);
 }
 
+int64_t qm__workspace_bytes(const qm__allocator *allocator) {
+  const qm_backend *backend = allocator->backend;
+  return backend->workspace_bytes == NULL ? 0 : backend->workspace_bytes(allocator->context);
+}
+
 static int32_t refuse(const qm__allocator *allocator, int64_t size_bytes) {
   const qm_memory *m = &allocator->memory;
   return qm__fail(
@@ -109,9 +113,10 @@ static int32_t allocate_locked(qm__allocator *allocator, int64_t size_bytes, voi
   if (*memory != NULL) {
     m->cached_bytes -= rounded;
   } else {
-    if (m->limit_bytes > 0 && m->live_bytes + m->cached_bytes + rounded > m->limit_bytes) {
+    const int64_t wanted = rounded + qm__workspace_bytes(allocator);
+    if (m->limit_bytes > 0 && m->live_bytes + m->cached_bytes + wanted > m->limit_bytes) {
       empty_cache_locked(allocator);
-      if (m->live_bytes + rounded > m->limit_bytes) return refuse(allocator, size_bytes);
+      if (m->live_bytes + wanted > m->limit_bytes) return refuse(allocator, size_bytes);
     }
     int32_t status = allocator->backend->allocate(allocator->context, rounded, memory);
     if (status == QM_E_MEMORY && m->cached_bytes > 0) {

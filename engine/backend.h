@@ -269,7 +269,7 @@ typedef struct qm_backend {
   /* A read that does not wait. snapshot: device memory for a copy of x, so that later kernels may
   ** overwrite x; or NULL, and then they wait. read_ready: 1, 0, or a failure. read_end waits,
   ** copies
-  ** into host (or NULL) and releases the reading. NULL: the engine reads at once. */
+  ** to host (unless NULL) and releases the reading. NULL: the engine reads at once. */
   int32_t (*read_begin)(void *context, const void *x, void *snapshot, int64_t size_bytes,
                         void **reading);
   int32_t (*read_ready)(void *context, void *reading);
@@ -283,6 +283,16 @@ typedef struct qm_backend {
   int32_t (*graph_end)(void *context, void **graph);
   int32_t (*graph_launch)(void *context, void *graph);
   void (*graph_release)(void *context, void *graph);
+  /* Where the queue stands before and behind one kernel; time_read waits for it, gives the seconds
+  ** between and releases the mark. NULL: kernels are done when they return. */
+  int32_t (*time_begin)(void *context, void **mark);
+  int32_t (*time_end)(void *context, void *mark);
+  int32_t (*time_read)(void *context, void *mark, double *seconds);
+  /* Name what happens between the two, for tools that look on. Or NULL. */
+  void (*range_begin)(void *context, const char *name);
+  void (*range_end)(void *context);
+  /* Bytes that kernels hold as workspace, beside what was allocated. NULL: none. */
+  int64_t (*workspace_bytes)(void *context);
   qm_kernels kernels;
 } qm_backend;
 

@@ -47,9 +47,8 @@ static const qm_backend *find_backend(const char *name) {
                                                              : load_backend(name);
   if (backend == NULL) return NULL;
   if (backend->version != QM_BACKEND_VERSION || backend->struct_size != sizeof(qm_backend)) {
-    qm__fail(QM_E_DEVICE,
-             "backend '%s' was built for version %u, this engine is version %d: rebuild", name,
-             backend->version, QM_BACKEND_VERSION);
+    qm__fail(QM_E_DEVICE, "backend '%s' was built for another version of this engine: rebuild it",
+             name);
     return NULL;
   }
   return backend;
@@ -136,6 +135,7 @@ int32_t qm_device_memory(const qm_device *device, qm_memory *out) {
   qm_device *mutable_device = (qm_device *)(uintptr_t)device; /* the lock is not const */
   pthread_mutex_lock(&mutable_device->allocator.lock);
   *out = device->allocator.memory;
+  out->workspace_bytes = qm__workspace_bytes(&device->allocator);
   pthread_mutex_unlock(&mutable_device->allocator.lock);
   return QM_OK;
 }

@@ -25,15 +25,25 @@ int32_t qm__run(const qm_device *device, int32_t kernel, const void *args) {
                   kernels[kernel].name);
 }
 
+/* Run a kernel; where it finds no memory for its workspace, give back what is cached and try
+** again. */
+static int32_t run_with_memory(qm_device *device, int32_t kernel, const void *args) {
+  const int32_t status = qm__run(device, kernel, args);
+  if (status != QM_E_MEMORY || device->allocator.memory.cached_bytes == 0) return status;
+  qm__allocator_empty_cache(&device->allocator);
+  return qm__run(device, kernel, args);
+}
+
 int32_t qm__dispatch(qm__call *call, int32_t kernel, const void *args) {
   if (qm__finish(call) != QM_OK) return call->status;
-  const qm_device *device = call->device;
+  qm_device *device = call->device;
+  const qm__work work = qm__work_of(call, kernel, args);
   if (device->recording != NULL) {
     const int64_t args_bytes = kernels[kernel].args_bytes;
-    const int32_t status = qm__graph_note(device->recording, kernel, args, args_bytes);
+    const int32_t status = qm__graph_note(device->recording, kernel, args, args_bytes, work);
     if (status != QM_OK || device->backend->graph_begin == NULL) return status;
     return qm__run(device, kernel, args);
   }
-  const double started = qm__profile_clock();
-  return qm__profile_book(kernels[kernel].name, started, qm__run(device, kernel, args));
+  const qm__timing timing = qm__profile_begin(device, kernels[kernel].name);
+  return qm__profile_end(device, &timing, work, run_with_memory(device, kernel, args));
 }

@@ -23,6 +23,7 @@ struct qm_graph {
   void *recorded;    /* the backend's own, where it records by itself */
   note *first, **end;
   int64_t note_count;
+  qm__work work; /* of all of them */
   int64_t serial;
   qm__pool *pool;
   qm_storage **held; /* retained */
@@ -100,15 +101,15 @@ int32_t qm_graph_end(qm_device *device, qm_graph **out) {
 
 int32_t qm_graph_launch(qm_graph *graph) {
   if (graph == NULL) return qm__fail(QM_E_ARGUMENT, "qm_graph_launch: NULL");
-  const qm_device *device = graph->device;
+  qm_device *device = graph->device;
   int32_t status = qm__graph_refuse(device, "replaying a graph");
   if (status != QM_OK) return status;
-  const double started = qm__profile_clock();
+  const qm__timing timing = qm__profile_begin(device, "graph");
   if (graph->recorded != NULL)
     status = device->backend->graph_launch(device->context, graph->recorded);
   for (const note *at = graph->first; at != NULL && status == QM_OK; at = at->next)
     status = qm__run(device, at->kernel, at->args);
-  return qm__profile_book("graph", started, status);
+  return qm__profile_end(device, &timing, graph->work, status);
 }
 
 void qm_graph_release(qm_graph *graph) {
@@ -138,8 +139,11 @@ void qm__graph_hold(qm_graph *graph, qm_storage *storage) {
   graph->held[graph->held_count++] = storage;
 }
 
-int32_t qm__graph_note(qm_graph *graph, int32_t kernel, const void *args, int64_t args_bytes) {
+int32_t qm__graph_note(qm_graph *graph, int32_t kernel, const void *args, int64_t args_bytes,
+                       qm__work work) {
   graph->note_count++;
+  graph->work.bytes += work.bytes;
+  graph->work.flops += work.flops;
   if (graph->device->backend->graph_begin != NULL) return QM_OK;
   note *made = malloc(sizeof *made + (size_t)args_bytes);
   if (made == NULL) return graph->status = qm__fail(QM_E_MEMORY, "the host is out of memory");

@@ -57,6 +57,7 @@ int32_t qm__allocate(qm__allocator *allocator, int64_t size_bytes, void **memory
                      int64_t *block_bytes, qm__pool **pool);
 void qm__release(qm__allocator *allocator, void *memory, int64_t block_bytes, qm__pool *pool);
 void qm__allocator_empty_cache(qm__allocator *allocator);
+int64_t qm__workspace_bytes(const qm__allocator *allocator);
 /* From now on requests are served for a graph, by blocks of its own. NULL: the host's memory is
 ** out. */
 qm__pool *qm__pool_open(qm__allocator *allocator);
@@ -153,21 +154,34 @@ void qm__mpq(qm__call *call, const qm_mpq *q, qm__use codes_use, qm__use grid_us
 /* Sync the folder that path lies in: a rename is safe on disk only when its folder is. */
 int32_t qm__sync_parent(const char *path);
 
+/* ---- work.c ---- */
+
+/* What a kernel call must at least move and compute. */
+typedef struct qm__work {
+  double bytes, flops;
+} qm__work;
+qm__work qm__work_of(const qm__call *call, int32_t kernel, const void *args);
+
 /* ---- graph.c ---- */
 
 /* Keep a storage for the graph that its device is recording. */
 void qm__graph_hold(qm_graph *graph, qm_storage *storage);
-/* Note one kernel call, on a backend that does not record by itself. */
-int32_t qm__graph_note(qm_graph *graph, int32_t kernel, const void *args, int64_t args_bytes);
+/* Note one kernel call, its arguments too on a backend that does not record by itself. */
+int32_t qm__graph_note(qm_graph *graph, int32_t kernel, const void *args, int64_t args_bytes,
+                       qm__work work);
 /* QM_OK, or the sentence that this (done to a device) cannot be part of a graph. */
 int32_t qm__graph_refuse(const qm_device *device, const char *what);
 
 /* ---- profile.c ---- */
 
-/* Now, in seconds, while a profile runs; else 0. */
-double qm__profile_clock(void);
-/* Book one kernel call that started then; returns status. */
-int32_t qm__profile_book(const char *kernel, double started, int32_t status);
+typedef struct qm__timing {
+  const char *kernel;
+  double started; /* 0 while no profile runs */
+  void *mark;     /* a device's own, or NULL */
+} qm__timing;
+/* Around one kernel call: name it, and time it while a profile runs. end returns status. */
+qm__timing qm__profile_begin(const qm_device *device, const char *kernel);
+int32_t qm__profile_end(qm_device *device, const qm__timing *timing, qm__work work, int32_t status);
 
 /* ---- dispatch.c ---- */
 

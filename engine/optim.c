@@ -42,6 +42,7 @@ int32_t qm_adam_write(const qm_adam *adams, int64_t count, const qm_tensor *live
   qm__operand(&call, "live", live, "i32 [count, 16]", QM__WRITE, &array);
   for (int64_t i = 0; i < count && call.status == QM_OK; i++) check_numbers(&call, &adams[i]);
   if (qm__finish(&call) != QM_OK) return call.status;
+  if (qm__graph_refuse(call.device, "writing to it from the host") != QM_OK) return QM_E_ARGUMENT;
   qm_adam_numbers *rows = malloc((size_t)count * sizeof *rows + 1);
   if (rows == NULL) return qm__fail(QM_E_MEMORY, "the host is out of memory");
   for (int64_t i = 0; i < count; i++) rows[i] = qm_adam_prepare(&adams[i]);

@@ -91,7 +91,8 @@ typedef struct qm_memory {
   int64_t live_bytes;   /* in storages that somebody holds */
   int64_t cached_bytes; /* released, kept for reuse */
   int64_t peak_bytes;   /* highest live_bytes since the last reset */
-  int64_t limit_bytes;  /* 0: no limit */
+  int64_t limit_bytes;  /* 0: no limit; bounds live, cached and workspace bytes together */
+  int64_t workspace_bytes; /* what kernels hold between calls */
   int64_t live_count;
   int64_t allocation_count; /* requests served since the device was opened */
 } qm_memory;
@@ -136,12 +137,13 @@ void qm_graph_release(qm_graph *graph);
 int64_t qm_graph_count(const qm_graph *graph);
 int64_t qm_graph_bytes(const qm_graph *graph);
 
-/* ---- profile: wall time per kernel, of this process ---- */
+/* ---- profile: time per kernel, of this process ---- */
 
 typedef struct qm_profile_entry {
   char kernel[32];
   int64_t calls;
   double seconds;
+  double bytes, flops; /* the least that the calls must move and compute; flops 0: not counted */
 } qm_profile_entry;
 
 /* Seconds since some fixed moment; never jumps back. */

@@ -94,6 +94,18 @@ describe("bin/quartermoon", function()
       end
     end)
 
+    it("says what to do about a GPU that does not open", function()
+      local advice = require("quartermoon.doctor_cuda").advice
+      local absent = "no backend 'cuda': /a/libquartermoon_cuda.so: cannot open shared object file"
+      assert.matches("install the CUDA toolkit", advice(absent, false))
+      assert.matches("nvcc is here: scripts/build", advice(absent, true))
+      assert.matches("LD_LIBRARY_PATH", advice("no backend 'cuda': libcublasLt.so.13: cannot open shared", true))
+      assert.matches("install NVIDIA's driver", advice("cuda: no NVIDIA driver is installed", true))
+      assert.matches("newer NVIDIA driver", advice("cuda: the NVIDIA driver is too old: it serves CUDA 12.2", true))
+      assert.matches("CUDA_VISIBLE_DEVICES", advice("cuda: the driver shows no GPU", false))
+      assert.matches("Ampere", advice("cuda: Tesla T4 has compute capability 7.5, at least 8.0 is needed", true))
+    end)
+
     it("says what to do where the engine is not built, and fails", function()
       local output, status = run("QM_CONFIG=nowhere QUARTERMOON_LIB=/no/such.so " .. QUARTERMOON .. " doctor")
       assert.truthy(output:find("missing +engine"))

@@ -160,4 +160,40 @@ describe("qm.graph", function()
       testing.assert_equal(body(x), g(x))
     end
   end)
+
+  it("trains: 20 steps equal 20 steps run one by one, to the bit", function()
+    local function train(options)
+      qm.seed(3)
+      local model = qm.models.llama.new({ vocab_size = 50, hidden_size = 64, intermediate_size = 96,
+        num_hidden_layers = 2, num_attention_heads = 4, num_key_value_heads = 2, max_position_embeddings = 32 },
+        { linear = { kind = "dense" }, device = device })
+      local step = qm.graph(function(tokens, targets)
+        local loss = model:loss(tokens, targets, { 0, 9, 16 })
+        loss:backward()
+        for _, entry in ipairs(model:named_parameters()) do
+          entry.param:add_(entry.param.grad, -0.1)
+          entry.param:zero_grad()
+        end
+        return loss
+      end, options)
+      local losses = {}
+      for i = 1, 20 do
+        local tokens, targets = {}, {}
+        for j = 1, 16 do tokens[j], targets[j] = i * j % 50, (i * j + 7) % 50 end
+        qm.scope(function()
+          local later = step(qm.tensor(tokens, { dtype = "i32", device = device }),
+            qm.tensor(targets, { dtype = "i32", device = device })):read_later()
+          losses[i] = later:get()
+        end)
+      end
+      local weights = model.model.layers[1].mlp.down_proj.weight:bytes()
+      step:free()
+      model:free()
+      return losses, weights
+    end
+    local expected, expected_weights = train({ eager = true, device = device })
+    local losses, weights = train({ device = device })
+    assert.same(expected, losses)
+    assert.equal(expected_weights, weights)
+  end)
 end)

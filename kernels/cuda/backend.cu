@@ -18,6 +18,7 @@ static void close_device(void *context) {
   if (cuda->compute != NULL) cudaStreamSynchronize(cuda->compute);
   qm_cuda_gemm_close(cuda);
   qm_cuda_linalg_close(cuda);
+  qm_cuda_marks_close(cuda);
   qm_cuda_readings_close(cuda);
   qm_cuda_staging_close(cuda);
   qm_cuda_scratch_close(cuda);
@@ -112,6 +113,12 @@ extern "C" __attribute__((visibility("default"))) const qm_backend *qm_backend_e
   backend.graph_end = qm_cuda_graph_end;
   backend.graph_launch = qm_cuda_graph_launch;
   backend.graph_release = qm_cuda_graph_release;
+  backend.time_begin = qm_cuda_time_begin;
+  backend.time_end = qm_cuda_time_end;
+  backend.time_read = qm_cuda_time_read;
+  backend.range_begin = qm_cuda_range_begin;
+  backend.range_end = qm_cuda_range_end;
+  backend.workspace_bytes = qm_cuda_workspace_bytes;
   qm_kernels *kernels = &backend.kernels;
   kernels->accumulate = qm_cuda_accumulate;
   kernels->adam_direction = qm_cuda_adam_direction;

@@ -31,6 +31,8 @@ typedef struct qm_cuda {
   struct qm_cuda_retired *retired;  /* earlier, smaller workspaces */
   qm_cuda_late *late;               /* as the host sees it */
   qm_cuda_late *late_device;        /* the same memory as kernels see it */
+  int64_t workspace_bytes;          /* of all workspaces */
+  struct qm_cuda_mark *marks;       /* pairs of events for the profile, not in use */
   struct qm_cuda_staging *staging;  /* pinned memory between the host and the device */
   struct qm_cuda_reading *readings; /* finished reads, whose pinned memory is kept */
   struct qm_cuda_blas *blas;        /* cuBLASLt's handle, plans and workspace */

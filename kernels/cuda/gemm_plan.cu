@@ -34,6 +34,7 @@ int32_t qm_cuda_gemm_open(qm_cuda *cuda) {
   cuda->blas = blas;
   const int32_t status = qm_cuda_gemm_check(cublasLtCreate(&blas->handle), "opening cuBLASLt");
   if (status != QM_OK) return status;
+  cuda->workspace_bytes += QM_GEMM_WORKSPACE_BYTES;
   return qm_cuda_check(cudaMalloc(&blas->workspace, QM_GEMM_WORKSPACE_BYTES), "gemm: workspace");
 }
 

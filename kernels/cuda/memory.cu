@@ -39,6 +39,7 @@ int32_t qm_cuda_scratch(qm_cuda *cuda, int64_t size_bytes, void **out) {
     }
     cuda->scratch = memory;
     cuda->scratch_bytes = wanted;
+    cuda->workspace_bytes += wanted;
   }
   *out = cuda->scratch;
   return QM_OK;
@@ -52,6 +53,10 @@ void qm_cuda_scratch_close(qm_cuda *cuda) {
     free(retired);
   }
   cudaFree(cuda->scratch);
+}
+
+int64_t qm_cuda_workspace_bytes(void *context) {
+  return ((const qm_cuda *)context)->workspace_bytes;
 }
 
 /* Let `stream` go on only behind what `before` holds now. */

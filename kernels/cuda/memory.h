@@ -18,6 +18,7 @@ int32_t qm_cuda_no_device(cudaError_t error);
 int32_t qm_cuda_allocate(void *context, int64_t size_bytes, void **memory);
 void qm_cuda_release(void *context, void *memory, int64_t size_bytes);
 void qm_cuda_scratch_close(qm_cuda *cuda);
+int64_t qm_cuda_workspace_bytes(void *context);
 int32_t qm_cuda_copy_between(void *context, void *out, void *from, const void *x,
                              int64_t size_bytes);
 
@@ -41,5 +42,14 @@ int32_t qm_cuda_graph_begin(void *context);
 int32_t qm_cuda_graph_end(void *context, void **graph);
 int32_t qm_cuda_graph_launch(void *context, void *graph);
 void qm_cuda_graph_release(void *context, void *graph);
+
+/* ---- timing.cu ---- */
+
+void qm_cuda_marks_close(qm_cuda *cuda);
+int32_t qm_cuda_time_begin(void *context, void **mark);
+int32_t qm_cuda_time_end(void *context, void *mark);
+int32_t qm_cuda_time_read(void *context, void *mark, double *seconds);
+void qm_cuda_range_begin(void *context, const char *name);
+void qm_cuda_range_end(void *context);
 
 #endif

@@ -60,19 +60,21 @@ end
 ---Wait until everything queued on the device has run.
 function Device:sync() binding.check(lib.qm_device_sync(self.handle), "device:sync") end
 
----Bytes of the device's memory: live_bytes, cached_bytes, peak_bytes, limit_bytes, live_count,
----allocation_count.
+---Bytes of the device's memory: live_bytes, cached_bytes, peak_bytes, limit_bytes, workspace_bytes (what
+---kernels hold between calls), live_count, allocation_count.
 function Device:memory()
   local memory = ffi.new("qm_memory")
   binding.check(lib.qm_device_memory(self.handle, memory), "device:memory")
   return {
     live_bytes = tonumber(memory.live_bytes), cached_bytes = tonumber(memory.cached_bytes),
     peak_bytes = tonumber(memory.peak_bytes), limit_bytes = tonumber(memory.limit_bytes),
-    live_count = tonumber(memory.live_count), allocation_count = tonumber(memory.allocation_count),
+    workspace_bytes = tonumber(memory.workspace_bytes), live_count = tonumber(memory.live_count),
+    allocation_count = tonumber(memory.allocation_count),
   }
 end
 
----Live and cached bytes together may not exceed the limit; 0 lifts it.
+---Live, cached and workspace bytes together may not exceed the limit; 0 lifts it. A workspace itself grows
+---as kernels need it.
 function Device:set_limit(limit_bytes)
   check.integer("device:set_limit", "limit_bytes", limit_bytes, 0)
   binding.check(lib.qm_device_set_limit(self.handle, limit_bytes), "device:set_limit")
@@ -82,12 +84,14 @@ function Device:reset_peak() binding.check(lib.qm_device_reset_peak(self.handle)
 function Device:empty_cache() binding.check(lib.qm_device_empty_cache(self.handle), "device:empty_cache") end
 
 ---What the hardware is: description, threads (host devices), fast_bf16, fused_rows (up to so many, a
----product with a quantized weight runs straight from its codes).
+---product with a quantized weight runs straight from its codes), total_bytes and free_bytes (of a memory of
+---its own, else 0).
 function Device:info()
   local info = ffi.new("qm_device_info")
   binding.check(lib.qm_device_get_info(self.handle, info), "device:info")
   return { name = ffi.string(info.name), index = info.index, description = ffi.string(info.description),
-    threads = info.threads, fast_bf16 = info.fast_bf16 ~= 0, fused_rows = info.fused_rows }
+    threads = info.threads, fast_bf16 = info.fast_bf16 ~= 0, fused_rows = info.fused_rows,
+    total_bytes = tonumber(info.total_bytes), free_bytes = tonumber(info.free_bytes) }
 end
 
 function Device.describe(device) return "device " .. tostring(device) end

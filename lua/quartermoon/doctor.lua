@@ -52,8 +52,7 @@ local function engine_findings(add)
   local version = onednn_version()
   add("oneDNN", version and "ok" or "absent", version or "the engine was built without it", not version
     and "scripts/install-deps, then scripts/build" or nil)
-  local cuda, why = devices.open("cuda")
-  add("cuda", cuda and "ok" or "absent", cuda and cuda:info().description or why)
+  require("quartermoon.doctor_cuda").examine(add, first_line)
 end
 
 ---Look everything over.
