@@ -2,6 +2,7 @@
 #include "attention.cuh"
 #include "attention_mma.h"
 #include "attention_rows.h"
+#include "attention_wgmma.h"
 
 /* Offsets ascend from 0 to the row count: note the first that does not. */
 static __global__ void check_offsets(const int32_t *cu, int32_t count, int32_t rows,
@@ -36,11 +37,19 @@ static bool suits_mma(const Args *args) {
          (args->stride_q | args->stride_k | args->stride_v) % 8 == 0;
 }
 
+/* Hopper's own kernels: of those, the head sizes in whole tiles of 64. */
+template <typename Args>
+static bool suits_wgmma(const qm_cuda *cuda, const Args *args) {
+  return cuda->capability == 90 && (args->head_size == 64 || args->head_size == 128);
+}
+
 int32_t qm_cuda_attention(void *context, const qm_attention_args *args) {
   QM_CUDA_ENTER(context);
   if (args->sequences == 0 || args->rows_q == 0) return QM_OK;
   if (const int32_t status = check(cuda, args)) return status;
-  return suits_mma(args) ? qm_cuda_attention_mma(cuda, args) : qm_cuda_attention_rows(cuda, args);
+  if (!suits_mma(args)) return qm_cuda_attention_rows(cuda, args);
+  return suits_wgmma(cuda, args) ? qm_cuda_attention_wgmma(cuda, args)
+                                 : qm_cuda_attention_mma(cuda, args);
 }
 
 int32_t qm_cuda_attention_backward(void *context, const qm_attention_backward_args *args) {
@@ -48,6 +57,7 @@ int32_t qm_cuda_attention_backward(void *context, const qm_attention_backward_ar
   if (args->sequences == 0) return QM_OK;
   const bool aligned = qm_aligned(args->dout.data, 16) && qm_aligned(args->dq.data, 16) &&
                        qm_aligned(args->dk.data, 16) && qm_aligned(args->dv.data, 16);
-  return aligned && suits_mma(args) ? qm_cuda_attention_backward_mma(cuda, args)
-                                    : qm_cuda_attention_backward_rows(cuda, args);
+  if (!aligned || !suits_mma(args)) return qm_cuda_attention_backward_rows(cuda, args);
+  return suits_wgmma(cuda, args) ? qm_cuda_attention_backward_wgmma(cuda, args)
+                                 : qm_cuda_attention_backward_mma(cuda, args);
 }

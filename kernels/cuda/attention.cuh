@@ -89,4 +89,36 @@ static __device__ __forceinline__ void qm_attention_queries(const qm_attention_s
   *end = max(*end, *first);
 }
 
+/* Block `tile` of all sequences' tiles of `tile_rows`: its sequence and first row, or false past
+** the last. The grid has qm_attention_tiles of them, known without reading cu. */
+static __device__ __forceinline__ bool qm_attention_locate(const int32_t *cu, int32_t sequences,
+                                                           int32_t tile_rows, int32_t tile,
+                                                           int32_t *sequence, int32_t *first) {
+  const int32_t lane = threadIdx.x % 32;
+  int32_t before = 0;
+  for (int32_t base = 0; base < sequences; base += 32) {
+    const int32_t s = base + lane;
+    const int32_t length = s < sequences ? cu[s + 1] - cu[s] : 0;
+    const int32_t tiles = (max(length, 0) + tile_rows - 1) / tile_rows;
+    int32_t through = tiles; /* inclusive sum over the lanes */
+    for (int32_t offset = 1; offset < 32; offset *= 2) {
+      const int32_t other = __shfl_up_sync(0xFFFFFFFFu, through, offset);
+      if (lane >= offset) through += other;
+    }
+    const unsigned reached = __ballot_sync(0xFFFFFFFFu, before + through > tile);
+    if (reached != 0) {
+      const int32_t at = __ffs((int)reached) - 1;
+      const int32_t start = before + __shfl_sync(0xFFFFFFFFu, through - tiles, at);
+      *sequence = base + at;
+      *first = cu[*sequence] + (tile - start) * tile_rows;
+      return true;
+    }
+    before += __shfl_sync(0xFFFFFFFFu, through, 31);
+  }
+  return false;
+}
+static inline unsigned qm_attention_tiles(int64_t rows, int64_t sequences, int64_t tile_rows) {
+  return (unsigned)(rows / tile_rows + sequences);
+}
+
 #endif

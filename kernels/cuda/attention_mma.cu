@@ -11,61 +11,6 @@ enum { ROWS_Q = 128, PARTS = ROWS_Q / QM_WARPS / 16 /* of 16 rows to a warp */ }
 template <int D>
 constexpr int ROWS_K = D <= 80 ? 64 : 32;
 
-/* The running softmax of 16 rows: a thread has two of them. */
-typedef struct softmax {
-  float most[2]; /* of scale * score * log2 e */
-  float sum[2];  /* this thread's columns only */
-} softmax;
-
-/* The keys that the thread's row 8 half + g of 16 sees: low + 8 half .. high + 8 half, where those
-** move with the row. */
-typedef struct limits {
-  int32_t low, high, low_slope, high_slope;
-} limits;
-
-/* Scores become weights; what was gathered before is scaled to the new maximum. */
-template <int D>
-static __device__ __forceinline__ void weigh(softmax &rows, float (&scores)[ROWS_K<D> / 8][4],
-                                             float (&gathered)[D / 8][4], float scale, int32_t key,
-                                             bool masked, limits seen) {
-  const int32_t t = threadIdx.x % 4;
-#pragma unroll
-  for (int half = 0; half < 2; half++) {
-    float most = rows.most[half];
-    const int32_t low = seen.low + 8 * half * seen.low_slope;
-    const int32_t high = seen.high + 8 * half * seen.high_slope;
-#pragma unroll
-    for (int n = 0; n < ROWS_K<D> / 8; n++)
-#pragma unroll
-      for (int i = 0; i < 2; i++) {
-        float &score = scores[n][2 * half + i];
-        const int32_t at = key + n * 8 + 2 * t + i;
-        if (masked && (at < low || at > high)) score = -INFINITY;
-        most = fmaxf(most, score * scale);
-      }
-    most = fmaxf(most, __shfl_xor_sync(0xFFFFFFFFu, most, 1));
-    most = fmaxf(most, __shfl_xor_sync(0xFFFFFFFFu, most, 2));
-    const float base = most == -INFINITY ? 0.0f : most; /* a row that has seen no key yet */
-    const float keep = exp2f(rows.most[half] - base);
-    float sum = 0.0f;
-#pragma unroll
-    for (int n = 0; n < ROWS_K<D> / 8; n++)
-#pragma unroll
-      for (int i = 0; i < 2; i++) {
-        float &score = scores[n][2 * half + i];
-        score = exp2f(fmaf(score, scale, -base));
-        sum += score;
-      }
-    rows.sum[half] = fmaf(rows.sum[half], keep, sum);
-    rows.most[half] = most;
-#pragma unroll
-    for (int n = 0; n < D / 8; n++) {
-      gathered[n][2 * half] *= keep;
-      gathered[n][2 * half + 1] *= keep;
-    }
-  }
-}
-
 template <typename T, int D>
 static __global__ void __launch_bounds__(QM_THREADS)
     attend(qm_attention_shape shape, const T *q, const T *k, const T *v, T *out, float *lse) {
@@ -88,18 +33,8 @@ static __global__ void __launch_bounds__(QM_THREADS)
   qm_attention_keys(shape, span, row, &first, &close);
   qm_attention_keys(shape, span, min(row + ROWS_Q, span.q_end) - 1, &open, &end);
   first = span.k_first + (first - span.k_first) / ROWS_K<D> * ROWS_K<D>;
-  softmax rows[PARTS];
-#pragma unroll
-  for (int part = 0; part < PARTS; part++)
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      rows[part].most[half] = -INFINITY;
-      rows[part].sum[half] = 0.0f;
-    }
-  /* For the tile's first row; each later row sees one key further. */
-  const int32_t self = span.k_end - (span.q_end - row);
-  const limits seen = {shape.window > 0 ? self - shape.window + 1 : span.k_first,
-                       shape.causal ? self : span.k_end - 1, shape.window > 0, shape.causal};
+  const qm_limits seen = qm_limits_of(shape, span, row);
+  qm_row_softmax rows[PARTS];
 
   const T *const keys = k + kv, *const values = v + kv;
   const int64_t from = row * shape.stride_q + (int64_t)head * D;
@@ -140,9 +75,9 @@ static __global__ void __launch_bounds__(QM_THREADS)
 #pragma unroll
     for (int part = 0; part < PARTS; part++) {
       const int32_t local = warp_row + part * 16 + g;
-      weigh<D>(rows[part], scores[part], gathered[part], scale, key, masked,
-               {seen.low + local * seen.low_slope, seen.high + local * seen.high_slope,
-                seen.low_slope, seen.high_slope});
+      float keep[2];
+      qm_weigh(rows[part], scores[part], keep, scale, key, masked, qm_limits_at(seen, local));
+      qm_scale_rows(gathered[part], keep);
     }
 
     qm_copy_wait<1>();
@@ -156,10 +91,7 @@ static __global__ void __launch_bounds__(QM_THREADS)
       uint32_t left[PARTS][4];
 #pragma unroll
       for (int part = 0; part < PARTS; part++)
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-          left[part][i] = qm_pair<T>(scores[part][2 * step + i / 2][i % 2 * 2],
-                                     scores[part][2 * step + i / 2][i % 2 * 2 + 1]);
+        qm_weights_fragment<T>(left[part], scores[part], step);
 #pragma unroll
       for (int n = 0; n < D / 16; n++) {
         uint32_t right[4];
@@ -178,19 +110,9 @@ static __global__ void __launch_bounds__(QM_THREADS)
   for (int part = 0; part < PARTS; part++) {
     const int32_t mine = row + warp_row + part * 16;
     float factor[2];
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      float sum = rows[part].sum[half];
-      sum += __shfl_xor_sync(0xFFFFFFFFu, sum, 1);
-      sum += __shfl_xor_sync(0xFFFFFFFFu, sum, 2);
-      factor[half] = sum == 0.0f ? 0.0f : 1.0f / sum;
-      const int32_t query = mine + half * 8 + g;
-      if (query < span.q_end && threadIdx.x % 4 == 0)
-        lse[(int64_t)query * shape.heads + head] =
-            sum == 0.0f ? -INFINITY : (rows[part].most[half] + log2f(sum)) * QM_LN2;
-    }
-    qm_store_rows<T, D>(out + ((int64_t)mine * shape.heads + head) * D, (int64_t)shape.heads * D,
-                        span.q_end - mine, gathered[part], factor);
+    qm_finish_rows(rows[part], factor, lse, shape, mine + g, span.q_end, head);
+    qm_store_rows<T>(out + ((int64_t)mine * shape.heads + head) * D, (int64_t)shape.heads * D,
+                     span.q_end - mine, gathered[part], factor);
   }
 }
 

@@ -21,14 +21,6 @@ struct gradients {
   T *dq, *dk, *dv;
 };
 
-/* Scores to P, and dP to dS without its scale. lse and delta are those of the queries. */
-static __device__ __forceinline__ void differentiate(float &score, float &slope, float scale,
-                                                     float lse, float delta, bool seen) {
-  const float p = seen ? exp2f(fmaf(score, scale, -lse * QM_LOG2E)) : 0.0f;
-  score = p;
-  slope = seen ? p * (slope - delta) : 0.0f;
-}
-
 template <typename T, int D>
 static __global__ void __launch_bounds__(QM_THREADS)
     gather_dkv(qm_attention_shape shape, gradients<T> x) {
@@ -99,18 +91,18 @@ static __global__ void __launch_bounds__(QM_THREADS)
           qm_attention_queries(shape, span, row + warp_row + g + i / 2 * 8, &from, &to);
           seen = of >= from && of < to;
         }
-        differentiate(scores[n][i], slopes[n][i], shape.scale * QM_LOG2E,
-                      lses[stage * QUERIES + column], deltas[stage * QUERIES + column], seen);
+        qm_differentiate(scores[n][i], slopes[n][i], shape.scale * QM_LOG2E,
+                         lses[stage * QUERIES + column], deltas[stage * QUERIES + column], seen);
       }
     qm_multiply_weights<T, D, QUERIES>(dv, scores, douts);
     qm_multiply_weights<T, D, QUERIES>(dk, slopes, queries);
   }
   qm_copy_wait<0>();
   const int32_t mine = row + warp_row, there = span.k_end - mine;
-  qm_store_rows<T, D>(x.dk + at_k + warp_row * shape.stride_k, shape.stride_k, there, dk,
-                      {shape.scale, shape.scale});
-  qm_store_rows<T, D>(x.dv + at_v + warp_row * shape.stride_v, shape.stride_v, there, dv,
-                      {1.0f, 1.0f});
+  qm_store_rows<T>(x.dk + at_k + warp_row * shape.stride_k, shape.stride_k, there, dk,
+                   {shape.scale, shape.scale});
+  qm_store_rows<T>(x.dv + at_v + warp_row * shape.stride_v, shape.stride_v, there, dv,
+                   {1.0f, 1.0f});
 }
 
 template <typename T, int D>
@@ -176,14 +168,14 @@ static __global__ void __launch_bounds__(QM_THREADS)
       for (int i = 0; i < 4; i++) {
         const int32_t at = key + n * 8 + 2 * t + i % 2;
         const bool seen = !masked || (at >= from[i / 2] && at < to[i / 2]);
-        differentiate(scores[n][i], slopes[n][i], shape.scale * QM_LOG2E, lse[i / 2], delta[i / 2],
-                      seen);
+        qm_differentiate(scores[n][i], slopes[n][i], shape.scale * QM_LOG2E, lse[i / 2],
+                         delta[i / 2], seen);
       }
     qm_multiply_weights<T, D, ROWS>(dq, slopes, keys);
   }
   qm_copy_wait<0>();
-  qm_store_rows<T, D>(x.dq + at_q + warp_row * shape.stride_q, shape.stride_q,
-                      span.q_end - row - warp_row, dq, {shape.scale, shape.scale});
+  qm_store_rows<T>(x.dq + at_q + warp_row * shape.stride_q, shape.stride_q,
+                   span.q_end - row - warp_row, dq, {shape.scale, shape.scale});
 }
 
 template <typename T, int D>

@@ -79,5 +79,11 @@ __device__ __forceinline__ uint32_t qm_pair<__half>(float low, float high) {
   const __half2 pair = __floats2half2_rn(low, high);
   return *(const uint32_t *)&pair;
 }
+/* One of the two back. */
+template <typename T>
+static __device__ __forceinline__ float qm_half_of(uint32_t pair, int high) {
+  const uint16_t bits = (uint16_t)(high ? pair >> 16 : pair);
+  return qm_float(*(const T *)&bits);
+}
 
 #endif

@@ -3,7 +3,7 @@
 local nvcc_options = {
   "-std=c++20", "-O3", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra", "-Werror=all-warnings",
   "-fmad=false", -- as -ffp-contract=off elsewhere
-  "-Iengine", "-Ikernels", "-Ikernels/cuda", "-cudart=static",
+  "-Iengine", "-Ikernels", "-cudart=static",
 }
 for arch in (os.getenv("QM_CUDA_ARCHS") or "80 90a ptx90"):gmatch("%S+") do
   local ptx = arch:match("^ptx(.*)")

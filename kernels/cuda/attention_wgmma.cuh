@@ -1,0 +1,47 @@
+/* attention_wgmma.cuh - what the Hopper attention kernels share: copies of whole row tiles, and
+** products of them. A tile of ROWS x D is D / 64 shared tiles of ROWS x 64, see wgmma.cuh. */
+#ifndef QM_ATTENTION_WGMMA_CUH
+#define QM_ATTENTION_WGMMA_CUH
+
+#include "attention_softmax.cuh"
+#include "attention_wgmma.h"
+#include "wgmma.cuh"
+
+/* The pass over the source that makes sm_90a code; others leave the kernels empty. */
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define QM_HAS_WGMMA_HERE
+#endif
+
+/* Where the first tile begins: shared memory itself is aligned to less than 1024 bytes. */
+static __device__ __forceinline__ char *qm_align_tile(char *shared) {
+  const uint32_t at = (uint32_t)__cvta_generic_to_shared(shared);
+  return shared + ((1024 - at % 1024) % 1024);
+}
+
+/* Copy rows of one head. Rows past the tensor's end become zeros; rows of the next sequence arrive
+** as they are, and must not be seen. */
+template <int D, int ROWS>
+static __device__ __forceinline__ void qm_copy_rows(char *tile, const CUtensorMap *map,
+                                                    int32_t head, int32_t row, uint64_t *barrier) {
+#pragma unroll
+  for (int half = 0; half < D / 64; half++)
+    qm_copy_tile(tile + half * ROWS * 128, map, half * 64, head, row, barrier);
+}
+
+/* Begin acc = a b^T for 64 rows of a tile of A_ROWS and all B_ROWS of another, both D wide. */
+template <typename T, int D, int A_ROWS, int B_ROWS>
+static __device__ __forceinline__ void qm_multiply_tiles(float (&acc)[B_ROWS / 8][4], uint64_t a,
+                                                         uint64_t b) {
+#pragma unroll
+  for (int step = 0; step < D / 16; step++)
+    qm_product<T, 0>(acc, qm_tile_at(a, step / 4 * (A_ROWS * 128) + step % 4 * 32),
+                     qm_tile_at(b, step / 4 * (B_ROWS * 128) + step % 4 * 32), step == 0);
+  qm_products_commit();
+}
+
+/* Describe x [rows, heads, head_size], rows `stride` elements apart, for copies of box_rows rows of
+** 64 columns of one head. */
+int32_t qm_map_rows(CUtensorMap *map, const qm_array *x, int64_t rows, int64_t heads,
+                    int64_t head_size, int64_t stride, uint32_t box_rows);
+
+#endif
