@@ -62,8 +62,8 @@ for _, head in ipairs({ 128, 64 }) do
         qm.attention(q, k, v, offsets, offsets):backward(dout)
         for _, x in ipairs({ q, k, v }) do x:zero_grad() end
       end)
-      print(("%6d  %4d   %3d/%-3d   %7.1f (%2.0f %%)       %7.1f (%2.0f %%)"):format(length, head, heads, heads / shared,
-        flops / forward / 1e12, 100 * flops / forward / rate, 3.5 * flops / both / 1e12,
+      print(("%6d  %4d   %3d/%-3d   %7.1f (%2.0f %%)       %7.1f (%2.0f %%)"):format(length, head, heads,
+        heads / shared, flops / forward / 1e12, 100 * flops / forward / rate, 3.5 * flops / both / 1e12,
         350 * flops / both / rate))
       for _, x in ipairs({ q, k, v, dout, offsets }) do x:free() end
       ::continue::
