@@ -109,6 +109,15 @@ typedef struct qm_rms_norm_backward_args {
   qm_array dout, sum, weight, rstd, dsum, dx, dweight;
   int64_t rows, columns;
 } qm_rms_norm_backward_args;
+typedef struct qm_layer_norm_args {
+  qm_array x, residual, weight, bias, sum, out, mean, rstd;
+  int64_t rows, columns;
+  double eps;
+} qm_layer_norm_args;
+typedef struct qm_layer_norm_backward_args {
+  qm_array dout, sum, weight, mean, rstd, dsum, dx, dweight, dbias;
+  int64_t rows, columns;
+} qm_layer_norm_backward_args;
 typedef struct qm_rope_args {
   qm_array x, cos, sin, positions, out;
   int64_t rows, heads, head_size, position_count;
@@ -244,7 +253,9 @@ typedef struct qm_mpq_linear_args {
   X(mpq_update)                                                                                    \
   X(mpq_update_bie)                                                                                \
   X(mpq_linear)                                                                                    \
-  X(grad_scale)
+  X(grad_scale)                                                                                    \
+  X(layer_norm)                                                                                    \
+  X(layer_norm_backward)
 
 typedef qm_gather_args qm_scatter_add_args;
 

@@ -3,6 +3,14 @@
 
 #include "internal.h"
 
+static void require_norm(qm__call *call, const qm_tensor *residual, const qm_tensor *sum,
+                         double eps) {
+  qm__require(call, (residual == NULL) == (sum == NULL),
+              "argument 'sum': expected it with a residual and only then");
+  qm__require(call, isfinite(eps) && eps >= 0.0,
+              "argument 'eps': expected a number of at least 0, got %g", eps);
+}
+
 int32_t qm_rms_norm(const qm_tensor *x, const qm_tensor *residual, const qm_tensor *weight,
                     const qm_tensor *sum, const qm_tensor *out, const qm_tensor *rstd, double eps) {
   qm__call call = qm__begin("qm_rms_norm");
@@ -13,10 +21,7 @@ int32_t qm_rms_norm(const qm_tensor *x, const qm_tensor *residual, const qm_tens
   qm__optional(&call, "sum", sum, "=x [R, C]", QM__IN_PLACE, &args.sum);
   qm__operand(&call, "out", out, "=x [R, C]", QM__WRITE, &args.out);
   qm__operand(&call, "rstd", rstd, "f32 [R]", QM__WRITE, &args.rstd);
-  qm__require(&call, (residual == NULL) == (sum == NULL),
-              "argument 'sum': expected it with a residual and only then");
-  qm__require(&call, isfinite(eps) && eps >= 0.0,
-              "argument 'eps': expected a number of at least 0, got %g", eps);
+  require_norm(&call, residual, sum, eps);
   args.rows = qm__size(&call, "R");
   args.columns = qm__size(&call, "C");
   args.eps = eps;
@@ -38,6 +43,46 @@ int32_t qm_rms_norm_backward(const qm_tensor *dout, const qm_tensor *sum, const 
   args.rows = qm__size(&call, "R");
   args.columns = qm__size(&call, "C");
   return QM__DISPATCH(call, rms_norm_backward, &args);
+}
+
+int32_t qm_layer_norm(const qm_tensor *x, const qm_tensor *residual, const qm_tensor *weight,
+                      const qm_tensor *bias, const qm_tensor *sum, const qm_tensor *out,
+                      const qm_tensor *mean, const qm_tensor *rstd, double eps) {
+  qm__call call = qm__begin("qm_layer_norm");
+  qm_layer_norm_args args;
+  qm__operand(&call, "x", x, "float [R, C]", QM__READ, &args.x);
+  qm__optional(&call, "residual", residual, "=x [R, C]", QM__READ, &args.residual);
+  qm__operand(&call, "weight", weight, "float [C]", QM__READ, &args.weight);
+  qm__optional(&call, "bias", bias, "=weight [C]", QM__READ, &args.bias);
+  qm__optional(&call, "sum", sum, "=x [R, C]", QM__IN_PLACE, &args.sum);
+  qm__operand(&call, "out", out, "=x [R, C]", QM__WRITE, &args.out);
+  qm__operand(&call, "mean", mean, "f32 [R]", QM__WRITE, &args.mean);
+  qm__operand(&call, "rstd", rstd, "f32 [R]", QM__WRITE, &args.rstd);
+  require_norm(&call, residual, sum, eps);
+  args.rows = qm__size(&call, "R");
+  args.columns = qm__size(&call, "C");
+  args.eps = eps;
+  return QM__DISPATCH(call, layer_norm, &args);
+}
+
+int32_t qm_layer_norm_backward(const qm_tensor *dout, const qm_tensor *sum, const qm_tensor *weight,
+                               const qm_tensor *mean, const qm_tensor *rstd, const qm_tensor *dsum,
+                               const qm_tensor *dx, const qm_tensor *dweight,
+                               const qm_tensor *dbias) {
+  qm__call call = qm__begin("qm_layer_norm_backward");
+  qm_layer_norm_backward_args args;
+  qm__operand(&call, "sum", sum, "float [R, C]", QM__READ, &args.sum);
+  qm__operand(&call, "dout", dout, "=sum [R, C]", QM__READ, &args.dout);
+  qm__operand(&call, "weight", weight, "float [C]", QM__READ, &args.weight);
+  qm__operand(&call, "mean", mean, "f32 [R]", QM__READ, &args.mean);
+  qm__operand(&call, "rstd", rstd, "f32 [R]", QM__READ, &args.rstd);
+  qm__optional(&call, "dsum", dsum, "=sum [R, C]", QM__READ, &args.dsum);
+  qm__operand(&call, "dx", dx, "=sum [R, C]", QM__WRITE, &args.dx);
+  qm__optional(&call, "dweight", dweight, "f32 [C]", QM__WRITE, &args.dweight);
+  qm__optional(&call, "dbias", dbias, "f32 [C]", QM__WRITE, &args.dbias);
+  args.rows = qm__size(&call, "R");
+  args.columns = qm__size(&call, "C");
+  return QM__DISPATCH(call, layer_norm_backward, &args);
 }
 
 /* The positions' values lie in device memory, so the kernels check those. */

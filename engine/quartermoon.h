@@ -248,6 +248,17 @@ int32_t qm_rms_norm(const qm_tensor *x, const qm_tensor *residual, const qm_tens
 int32_t qm_rms_norm_backward(const qm_tensor *dout, const qm_tensor *sum, const qm_tensor *weight,
                              const qm_tensor *rstd, const qm_tensor *dsum, const qm_tensor *dx,
                              const qm_tensor *dweight);
+/* sum as above; mean and rstd = 1 / sqrt(variance + eps) of sum's rows;
+** out = (sum - mean) rstd weight + bias. bias of weight's type [C], or NULL; mean, rstd f32 [R];
+** the rest as above. arXiv 1607.06450. */
+int32_t qm_layer_norm(const qm_tensor *x, const qm_tensor *residual, const qm_tensor *weight,
+                      const qm_tensor *bias, const qm_tensor *sum, const qm_tensor *out,
+                      const qm_tensor *mean, const qm_tensor *rstd, double eps);
+/* As qm_rms_norm_backward; dweight and dbias f32 [C], each or NULL, accumulate. */
+int32_t qm_layer_norm_backward(const qm_tensor *dout, const qm_tensor *sum,
+                               const qm_tensor *weight, const qm_tensor *mean,
+                               const qm_tensor *rstd, const qm_tensor *dsum, const qm_tensor *dx,
+                               const qm_tensor *dweight, const qm_tensor *dbias);
 /* Rotate halves: for i < D/2, (x_i, x_{i+D/2}) turns by the angle whose cos and sin stand at
 ** [positions[r], i]; inverse != 0 turns back (the gradient). x, out [R, H, D], may be one tensor;
 ** cos, sin f32 [P, D/2]; positions i32 [R], each in [0, P). arXiv 2104.09864, Llama layout. */

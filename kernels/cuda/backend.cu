@@ -132,6 +132,8 @@ extern "C" __attribute__((visibility("default"))) const qm_backend *qm_backend_e
   kernels->gather = qm_cuda_gather;
   kernels->gemm = qm_cuda_gemm;
   kernels->grad_scale = qm_cuda_grad_scale;
+  kernels->layer_norm = qm_cuda_layer_norm;
+  kernels->layer_norm_backward = qm_cuda_layer_norm_backward;
   kernels->permute = qm_cuda_permute;
   kernels->qr = qm_cuda_qr;
   kernels->random = qm_cuda_random;

@@ -40,7 +40,8 @@ static __global__ void __launch_bounds__(QM_NORM_THREADS_MAX) norm(qm_cuda_norm 
     for (int i = 0; i < WIDTH && first + p * step < packs; i++) {
       const int64_t c = (int64_t)(first + p * step) * WIDTH + i;
       weight[p][i] = qm_any_float(args.weight, args.weight_dtype, c);
-      if (CENTER) bias[p][i] = qm_any_float(args.bias, args.weight_dtype, c);
+      if (CENTER)
+        bias[p][i] = args.bias == NULL ? 0.0f : qm_any_float(args.bias, args.weight_dtype, c);
     }
   int turn = 0;
   for (int64_t r = blockIdx.x; r < args.rows; r += gridDim.x, turn ^= 1) {
@@ -111,7 +112,8 @@ static __global__ void norm_any(qm_cuda_norm args) {
     for (int64_t c = threadIdx.x; c < args.columns; c += blockDim.x) {
       const float weight = qm_any_float(args.weight, args.weight_dtype, c);
       const float y = (qm_float(sum[row + c]) - mean) * rstd * weight;
-      const float bias = CENTER ? qm_any_float(args.bias, args.weight_dtype, c) : 0.0f;
+      const float bias =
+          CENTER && args.bias != NULL ? qm_any_float(args.bias, args.weight_dtype, c) : 0.0f;
       ((T *)args.out)[row + c] = qm_as<T>(y + bias);
     }
   }

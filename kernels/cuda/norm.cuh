@@ -9,7 +9,7 @@ typedef struct qm_cuda_norm {
   const char *name;          /* of the operation, for errors */
   const void *x, *residual;  /* residual, sum: NULL, or sum = x + residual is normalised */
   void *sum, *out;           /* [rows, columns], of dtype like x */
-  const void *weight, *bias; /* [columns], of weight_dtype; bias only when centred */
+  const void *weight, *bias; /* [columns], of weight_dtype; bias NULL: none */
   float *mean, *rstd;        /* [rows]; mean NULL: not centred */
   int64_t rows, columns;
   int32_t dtype, weight_dtype;

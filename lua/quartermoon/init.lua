@@ -36,6 +36,7 @@ for _, name in ipairs({
   "shape",
   "unary",
   "loss",
+  "norms",
   "qlinear",
 }) do
   for key, value in pairs(require("quartermoon.ops." .. name)) do qm[key] = value end

@@ -1,4 +1,4 @@
----Layers with parameters: Linear, QLinear, Embedding, RMSNorm.
+---Layers with parameters: Linear, QLinear, Embedding, RMSNorm, LayerNorm.
 
 local check = require("quartermoon.check")
 local module = require("quartermoon.nn.module")
@@ -199,5 +199,40 @@ function RMSNorm:forward(x, residual)
 end
 
 function RMSNorm:summary() return ("%d, eps %g"):format(self.weight.shape[1], self.eps) end
+
+---------------------------------------------------------------------------------------------------
+
+---Layer normalisation of rows. Source: arXiv 1607.06450.
+---@class qm.nn.LayerNorm : qm.Module
+---@field weight qm.Tensor   f32 [size]
+---@field bias qm.Tensor|nil f32 [size]
+local LayerNorm = module.class("LayerNorm")
+M.LayerNorm = LayerNorm
+
+---@param size integer
+---@param options table|nil  { eps = 1e-5, bias = true, device = default }
+function LayerNorm.new(size, options)
+  local name = "qm.nn.LayerNorm"
+  check.integer(name, "size", size, 1)
+  options = check.options(name, options, { eps = 1e-5, bias = true, device = check.optional })
+  local self = module.create(LayerNorm)
+  self.eps = check.number(name, "eps", options.eps, 0)
+  self:register("weight", tensors.ones({ size }, { device = options.device, requires_grad = true }))
+  if check.type(name, "bias", options.bias, "boolean") then self:register("bias", new_bias(size, options)) end
+  return self
+end
+
+---`layer_norm(x)`, or with a residual `layer_norm(x + residual), x + residual`.
+---@param x qm.Tensor  float [R, size]
+---@param residual qm.Tensor|nil  the same
+---@return qm.Tensor normed, qm.Tensor sum  the sum is x itself without a residual
+function LayerNorm:forward(x, residual)
+  if residual then return qm.add_layer_norm(x, residual, self.weight, self.bias, self.eps) end
+  return qm.layer_norm(x, self.weight, self.bias, self.eps), x
+end
+
+function LayerNorm:summary()
+  return ("%d, eps %g%s"):format(self.weight.shape[1], self.eps, self.bias and "" or ", no bias")
+end
 
 return M

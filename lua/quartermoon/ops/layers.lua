@@ -1,86 +1,13 @@
----The transformer's layers: forward (one kernel call) next to backward.
+---The transformer's layers without norms and attention: forward (one kernel call) next to backward.
 
-local autograd = require("quartermoon.autograd")
 local binding = require("quartermoon.ffi")
 local check = require("quartermoon.check")
 local host_buffer = require("quartermoon.host_buffer")
 local tensors = require("quartermoon.tensor")
-local record, needs_grad = autograd.record, autograd.needs_grad
+local record = require("quartermoon.autograd").record
 local lib = binding.lib
 
 local M = {}
-
----Where rms_norm's weight gradient gathers: the leaf's own buffer, or a tensor to hand on when the
----weight was computed; nil where nobody wants it.
----@return qm.Tensor|nil buffer, boolean|nil hand_on
-local function weight_grad(weight)
-  if weight.node then return weight:zeros_like("f32"), true end
-  if not weight.requires_grad then return nil end
-  local buffer, beta = autograd.leaf_grad(weight)
-  if beta == 0 then buffer:fill(0) end
-  return buffer, false
-end
-
----The gradients of the normalised tensor and of the weight (nil when it went into the leaf).
-local function rms_norm_backward(name, dout, dsum, sum, weight, rstd)
-  if not dout then return dsum and dsum:share() end
-  local dx, dweight, hand_on = sum:empty_like(), weight_grad(weight)
-  binding.check(lib.qm_rms_norm_backward(dout.desc, sum.desc, weight.desc, rstd.desc, dsum and dsum.desc,
-    dx.desc, dweight and dweight.desc), name)
-  if not hand_on then return dx end
-  if weight.dtype == "f32" then return dx, dweight end
-  local narrow = dweight:to(weight.dtype)
-  dweight:free()
-  return dx, narrow
-end
-
-local function rms_norm(name, x, residual, weight, eps)
-  local x_desc, residual_desc = check.desc(name, "x", x), check.optional_desc(name, "residual", residual)
-  local weight_desc = check.desc(name, "weight", weight)
-  check.number(name, "eps", eps, 0)
-  local out, sum = x:empty_like(), residual and x:empty_like()
-  local rstd = tensors.empty({ x.shape[1] or 1 }, { device = x.device })
-  binding.check(lib.qm_rms_norm(x_desc, residual_desc, weight_desc, sum and sum.desc, out.desc, rstd.desc, eps), name,
-    out, sum, rstd)
-  return out, sum, rstd
-end
-
----Root mean square normalisation of every row: `x / sqrt(mean(x^2) + eps) * weight`.
----
----Source: Zhang and Sennrich, arXiv 1910.07467.
----
----@param x qm.Tensor       float [R, C]
----@param weight qm.Tensor  float [C], any float type; its gradient gathers in f32
----@param eps number|nil    added to the mean square, default 1e-6
----@return qm.Tensor        x's type and shape
----@raise when types, shapes or devices do not fit
-function M.rms_norm(x, weight, eps)
-  local name = "qm.rms_norm"
-  local out, _, rstd = rms_norm(name, x, nil, weight, eps or 1e-6)
-  return record("rms_norm", { x, weight }, { out }, { rstd }, function(dout)
-    return rms_norm_backward(name, dout, nil, x, weight, rstd)
-  end)
-end
-
----The residual connection and the normalisation behind it in one pass:
----`sum = x + residual; out = rms_norm(sum, weight, eps)`.
----
----@param x qm.Tensor         float [R, C]
----@param residual qm.Tensor  x's type and shape
----@param weight qm.Tensor    float [C], any float type; its gradient gathers in f32
----@param eps number|nil      added to the mean square, default 1e-6
----@return qm.Tensor out      x's type and shape
----@return qm.Tensor sum      x's type and shape
----@raise when types, shapes or devices do not fit
-function M.add_rms_norm(x, residual, weight, eps)
-  local name = "qm.add_rms_norm"
-  check.desc(name, "residual", residual)
-  local out, sum, rstd = rms_norm(name, x, residual, weight, eps or 1e-6)
-  return record("add_rms_norm", { x, residual, weight }, { out, sum }, { rstd }, function(dout, dsum)
-    local dx, dweight = rms_norm_backward(name, dout, dsum, sum, weight, rstd)
-    return dx, needs_grad(residual) and dx and dx:share() or nil, dweight
-  end)
-end
 
 ---Rotary position embedding: for i <= D/2, (x[i], x[i + D/2]) turns by the angle of its row's
 ---position. Halves are rotated as in Llama checkpoints of the Hugging Face layout.
