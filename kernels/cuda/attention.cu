@@ -1,4 +1,7 @@
 /* attention.cu - which of the attention kernels runs; the check of the offsets. */
+#include <stdlib.h>
+#include <string.h>
+
 #include "attention.cuh"
 #include "attention_mma.h"
 #include "attention_rows.h"
@@ -37,10 +40,13 @@ static bool suits_mma(const Args *args) {
          (args->stride_q | args->stride_k | args->stride_v) % 8 == 0;
 }
 
-/* Hopper's own kernels: of those, the head sizes in whole tiles of 64. */
+/* Hopper's own kernels: of those, the head sizes in whole tiles of 64. Not the default before the
+** specs have passed with them on such a device: QM_CUDA_WGMMA=1 turns them on. */
 template <typename Args>
 static bool suits_wgmma(const qm_cuda *cuda, const Args *args) {
-  return cuda->capability == 90 && (args->head_size == 64 || args->head_size == 128);
+  const char *wanted = getenv("QM_CUDA_WGMMA");
+  return wanted != NULL && strcmp(wanted, "1") == 0 && cuda->capability == 90 &&
+         (args->head_size == 64 || args->head_size == 128);
 }
 
 int32_t qm_cuda_attention(void *context, const qm_attention_args *args) {
