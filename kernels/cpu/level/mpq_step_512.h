@@ -30,7 +30,7 @@ typedef struct step_piece {
 typedef struct step_row_512 {
   __m512 beta1, one_minus_beta1, beta2, one_minus_beta2, eps, grad_scale, decay, inject, minus_unit;
   __m512 low, high; /* the span's */
-  __m512i low_integer, high_integer, half, bits, residual_shift, residual_mask, shift, mask;
+  __m512i top, half, bits, residual_shift, residual_mask, shift, mask;
   const float *grad, *zero, *rate, *scale;
   const uint32_t *codes, *residual;
   uint32_t *new_codes, *new_residual;
@@ -58,8 +58,7 @@ static inline step_row_512 step_row_512_of(const update_call *call, update_block
       .minus_unit = step_splat(-span->unit),
       .low = step_splat(span->low),
       .high = step_splat(span->high),
-      .low_integer = step_integer((int32_t)span->low),
-      .high_integer = step_integer((int32_t)span->high),
+      .top = step_integer((int32_t)span->high + span->half),
       .half = step_integer(span->half),
       .bits = step_integer(span->bits),
       .residual_shift = step_integer(row->residual_shift),
@@ -158,7 +157,8 @@ QM_STEP_INLINE void step_feedback(const step_row_512 *c, step_piece *piece, int6
     _mm512_storeu_ps(piece->m + at, m);
 }
 
-/* Vector i, from the move to the new code. */
+/* Vector i, from the move to the new code. Integers are half a code larger than in the plain loop,
+** as fields hold them, so that none is negative. */
 QM_STEP_INLINE void step_round(const step_row_512 *c, step_piece *piece, int64_t first, int32_t i,
                                int feedback, int rounding, int kind) {
   const int64_t at = i * STEP_LANES, j = first + at;
@@ -168,7 +168,6 @@ QM_STEP_INLINE void step_round(const step_row_512 *c, step_piece *piece, int64_t
   if (feedback == QM_FEEDBACK_RESIDUAL) {
     const __m512i residual = step_field(c->residual + j, c->residual_shift, c->residual_mask);
     start = _mm512_or_si512(_mm512_sllv_epi32(code, c->bits), residual);
-    start = _mm512_sub_epi32(start, c->half);
   }
   if (rounding == QM_ROUND_STOCHASTIC) {
     enum { FLOOR = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC };
@@ -180,14 +179,15 @@ QM_STEP_INLINE void step_round(const step_row_512 *c, step_piece *piece, int64_t
     wanted = _mm512_add_epi32(start, low);
     wanted = _mm512_mask_sub_epi32(wanted, up, wanted, step_integer(-1));
   } else {
-    wanted = _mm512_cvtps_epi32(_mm512_cvtepi32_ps(start) + move);
+    const __m512 target = _mm512_cvtepi32_ps(_mm512_sub_epi32(start, c->half)) + move;
+    wanted = _mm512_add_epi32(_mm512_cvtps_epi32(target), c->half);
   }
-  const __m512i got = _mm512_min_epi32(_mm512_max_epi32(wanted, c->low_integer), c->high_integer);
+  const __m512i raised = _mm512_max_epi32(wanted, _mm512_setzero_si512());
+  const __m512i got = _mm512_min_epi32(raised, c->top);
   __m512i new_code = got;
   if (feedback == QM_FEEDBACK_RESIDUAL) {
-    const __m512i sum = _mm512_add_epi32(got, c->half);
-    new_code = _mm512_srlv_epi32(sum, c->bits);
-    step_put_field(c->new_residual + j, _mm512_and_si512(sum, c->residual_mask), c->residual_shift);
+    new_code = _mm512_srlv_epi32(got, c->bits);
+    step_put_field(c->new_residual + j, _mm512_and_si512(got, c->residual_mask), c->residual_shift);
   }
   step_put_field(c->new_codes + j, new_code, c->shift);
   piece->moved[i] = _mm512_cmpneq_epi32_mask(new_code, code);
@@ -195,18 +195,19 @@ QM_STEP_INLINE void step_round(const step_row_512 *c, step_piece *piece, int64_t
   if (feedback == QM_FEEDBACK_MOMENTUM) step_feedback(c, piece, first, i, start, got, kind);
 }
 
-/* bits + random where the number is finite; what bf16 keeps is in the upper halves. */
-QM_STEP_INLINE __m512i step_raise(const float *x, __m512i random) {
-  const __m512 number = _mm512_loadu_ps(x);
-  const __mmask16 finite =
-      _mm512_cmp_ps_mask(_mm512_abs_ps(number), step_splat(FLT_MAX), _CMP_LE_OQ);
-  const __m512i bits = _mm512_castps_si512(number);
+/* bits + random; what bf16 keeps is in the upper halves. Feedback alone can leave a number that is
+** not finite, which stays as it is. */
+QM_STEP_INLINE __m512i step_raise(const float *x, __m512i random, int feedback) {
+  const __m512i bits = _mm512_loadu_si512(x);
+  if (feedback != QM_FEEDBACK_MOMENTUM) return _mm512_add_epi32(bits, random);
+  const __m512 magnitude = _mm512_abs_ps(_mm512_castsi512_ps(bits));
+  const __mmask16 finite = _mm512_cmp_ps_mask(magnitude, step_splat(FLT_MAX), _CMP_LE_OQ);
   return _mm512_mask_add_epi32(bits, finite, bits, random);
 }
 /* Both moments of vectors i and i + 1 to bf16, as qm_to_bf16_stochastic. An arithmetic NaN is quiet
 ** already, and others never come here. */
 QM_STEP_INLINE void step_narrow(const step_row_512 *row, const step_piece *piece, int64_t first,
-                                int32_t i) {
+                                int32_t i, int feedback) {
   static const uint16_t high[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
                                     33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
   const int64_t at = i * STEP_LANES, next = at + STEP_LANES, j = first + at;
@@ -214,12 +215,12 @@ QM_STEP_INLINE void step_narrow(const step_row_512 *row, const step_piece *piece
   const __m512i a = _mm512_loadu_si512(piece->moment_words + at);
   const __m512i b = _mm512_loadu_si512(piece->moment_words + next);
   const __mmask32 ok = (__mmask32)piece->ok[i] | (__mmask32)piece->ok[i + 1] << 16;
-  const __m512i m =
-      _mm512_permutex2var_epi16(step_raise(piece->m + at, _mm512_and_si512(a, low)), order,
-                                step_raise(piece->m + next, _mm512_and_si512(b, low)));
-  const __m512i v =
-      _mm512_permutex2var_epi16(step_raise(piece->v + at, _mm512_srli_epi32(a, 16)), order,
-                                step_raise(piece->v + next, _mm512_srli_epi32(b, 16)));
+  const __m512i m = _mm512_permutex2var_epi16(
+      step_raise(piece->m + at, _mm512_and_si512(a, low), feedback), order,
+      step_raise(piece->m + next, _mm512_and_si512(b, low), feedback));
+  const __m512i v = _mm512_permutex2var_epi16(
+      step_raise(piece->v + at, _mm512_srli_epi32(a, 16), QM_FEEDBACK_NONE), order,
+      step_raise(piece->v + next, _mm512_srli_epi32(b, 16), QM_FEEDBACK_NONE));
   _mm512_mask_storeu_epi16((uint16_t *)row->m + j, ok, m);
   _mm512_mask_storeu_epi16((uint16_t *)row->v + j, ok, v);
 }
@@ -249,7 +250,7 @@ QM_STEP_INLINE void step_one_piece(const step_row_512 *row, const qm_noise_keys 
   if (kind == MOMENTS_BF16) {
     WITH_NOISE(moment_keys, piece->moment_words, ROUND);
     _Pragma("GCC unroll 4") for (int32_t i = 0; i < STEP_VECTORS; i += 2)
-        step_narrow(row, piece, first, i);
+        step_narrow(row, piece, first, i, feedback);
   } else {
     _Pragma("GCC unroll 8") for (int32_t i = 0; i < STEP_VECTORS; i++) ROUND(i);
   }
