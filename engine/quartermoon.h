@@ -288,6 +288,14 @@ int32_t qm_attention_backward(const qm_tensor *dout, const qm_tensor *q, const q
                               const qm_tensor *cu_q, const qm_tensor *cu_k, const qm_tensor *dq,
                               const qm_tensor *dk, const qm_tensor *dv,
                               const qm_attention_options *options);
+/* Both of a fused projection: qkv and dqkv [R, H + 2 HK, D], in every row the heads of q, of k and of
+** v; out, dout [R, H, D]; cu i32 [S + 1] serves queries and keys. */
+int32_t qm_attention_packed(const qm_tensor *qkv, const qm_tensor *cu, const qm_tensor *out,
+                            const qm_tensor *lse, const qm_attention_options *options);
+int32_t qm_attention_packed_backward(const qm_tensor *dout, const qm_tensor *qkv,
+                                     const qm_tensor *out, const qm_tensor *lse,
+                                     const qm_tensor *cu, const qm_tensor *dqkv,
+                                     const qm_attention_options *options);
 /* loss[r] = -log softmax(logits[r])[targets[r]]; dlogits = scale * factor * (softmax - onehot), or
 ** NULL, may be logits itself. Rows whose target is ignore_index give 0 and no gradient.
 ** logits, dlogits float [R, V]; targets i32 [R]; factor f32 [], or NULL for 1; loss f32 [R]. */

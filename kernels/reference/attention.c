@@ -36,22 +36,20 @@ static view look(const qm_attention_args *args, int64_t s, int64_t query, int64_
   return at;
 }
 
-/* a's row (r, h) times b's row (j, g), of arrays [rows, heads, D]. */
-static double dot(const qm_array *a, int64_t r, int64_t h, const qm_array *b, int64_t j,
-                  int64_t g) {
-  const int64_t size = a->shape[2], at = (r * a->shape[1] + h) * size,
-                bt = (j * b->shape[1] + g) * size;
+/* The size elements of a at i times those of b at j. */
+static double dot(const qm_array *a, int64_t i, const qm_array *b, int64_t j, int64_t size) {
   double sum = 0.0;
   for (int64_t d = 0; d < size; d++)
-    sum += (double)qm_load(a->data, a->dtype, at + d) * (double)qm_load(b->data, b->dtype, bt + d);
+    sum += (double)qm_load(a->data, a->dtype, i + d) * (double)qm_load(b->data, b->dtype, j + d);
   return sum;
 }
 
 static void attend(const qm_attention_args *args, view at, double *p) {
   const int64_t size = args->head_size, row = at.query * args->heads + at.head;
+  const int64_t q = at.query * args->stride_q + at.head * size, head = at.kv_head * size;
   double most = -(double)INFINITY, sum = 0.0;
   for (int64_t j = at.first; j < at.end; j++) {
-    p[j] = args->options.scale * dot(&args->q, at.query, at.head, &args->k, j, at.kv_head);
+    p[j] = args->options.scale * dot(&args->q, q, &args->k, j * args->stride_k + head, size);
     most = p[j] > most ? p[j] : most;
   }
   for (int64_t j = at.first; j < at.end; j++) {
@@ -62,8 +60,7 @@ static void attend(const qm_attention_args *args, view at, double *p) {
   for (int64_t d = 0; d < size; d++) {
     double out = 0.0;
     for (int64_t j = at.first; j < at.end; j++)
-      out += p[j] * (double)qm_load(args->v.data, args->v.dtype,
-                                    (j * args->kv_heads + at.kv_head) * size + d);
+      out += p[j] * (double)qm_load(args->v.data, args->v.dtype, j * args->stride_v + head + d);
     qm_store(args->out.data, args->out.dtype, row * size + d,
              at.first == at.end ? 0.0f : (float)(out / sum));
   }
@@ -93,23 +90,23 @@ int32_t qm_reference_attention(void *context, const qm_attention_args *args) {
 static void attend_backward(const qm_attention_backward_args *args, view at, double *dq, double *dk,
                             double *dv) {
   const int64_t size = args->head_size, row = at.query * args->heads + at.head;
+  const int64_t q = at.query * args->stride_q + at.head * size, head = at.kv_head * size;
   const double lse = (double)((const float *)args->lse.data)[row], scale = args->options.scale;
-  const double delta = dot(&args->dout, at.query, at.head, &args->out, at.query, at.head);
+  const double delta = dot(&args->dout, row * size, &args->out, row * size, size);
   for (int64_t d = 0; d < size; d++) dq[d] = 0.0;
   for (int64_t j = at.first; j < at.end; j++) {
-    const int64_t key = (j * args->kv_heads + at.kv_head) * size;
-    const double s = scale * dot(&args->q, at.query, at.head, &args->k, j, at.kv_head);
-    const double p = exp(s - lse);
-    const double dp = dot(&args->dout, at.query, at.head, &args->v, j, at.kv_head);
+    const int64_t sums = (j * args->kv_heads + at.kv_head) * size;
+    const int64_t k = j * args->stride_k + head, v = j * args->stride_v + head;
+    const double p = exp(scale * dot(&args->q, q, &args->k, k, size) - lse);
+    const double dp = dot(&args->dout, row * size, &args->v, v, size);
     const double ds = p * (dp - delta) * scale;
     for (int64_t d = 0; d < size; d++) {
-      dq[d] += ds * (double)qm_load(args->k.data, args->k.dtype, key + d);
-      dk[key + d] += ds * (double)qm_load(args->q.data, args->q.dtype, row * size + d);
-      dv[key + d] += p * (double)qm_load(args->dout.data, args->dout.dtype, row * size + d);
+      dq[d] += ds * (double)qm_load(args->k.data, args->k.dtype, k + d);
+      dk[sums + d] += ds * (double)qm_load(args->q.data, args->q.dtype, q + d);
+      dv[sums + d] += p * (double)qm_load(args->dout.data, args->dout.dtype, row * size + d);
     }
   }
-  for (int64_t d = 0; d < size; d++)
-    qm_store(args->dq.data, args->dq.dtype, row * size + d, (float)dq[d]);
+  for (int64_t d = 0; d < size; d++) qm_store(args->dq.data, args->dq.dtype, q + d, (float)dq[d]);
 }
 
 int32_t qm_reference_attention_backward(void *context, const qm_attention_backward_args *args) {
@@ -137,9 +134,11 @@ int32_t qm_reference_attention_backward(void *context, const qm_attention_backwa
     for (int64_t i = cu_q[s]; i < cu_q[s + 1]; i++)
       for (int64_t h = 0; h < args->heads; h++)
         attend_backward(args, look(&forward, s, i, h), sums, dk, dv);
+  const int64_t width = args->kv_heads * args->head_size;
   for (int64_t i = 0; i < args->dk.count; i++) {
-    qm_store(args->dk.data, args->dk.dtype, i, (float)dk[i]);
-    qm_store(args->dv.data, args->dv.dtype, i, (float)dv[i]);
+    const int64_t r = i / width, c = i % width;
+    qm_store(args->dk.data, args->dk.dtype, r * args->stride_k + c, (float)dk[i]);
+    qm_store(args->dv.data, args->dv.dtype, r * args->stride_v + c, (float)dv[i]);
   }
   free(sums);
   return QM_OK;

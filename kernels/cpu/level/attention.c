@@ -99,7 +99,7 @@ static void attend(const qm_attention_args *args, const sequence *s, const works
                    int64_t row, int64_t rows) {
   const float factor = (float)(args->options.scale * LOG2_E);
   for (int64_t i = 0; i < rows; i++) {
-    expand_row(s, &args->q, row_offset(s, row + i), factor, w->q + i * s->padded);
+    expand_row(s, &args->q, query_offset(s, row + i), factor, w->q + i * s->padded);
     w->most[i] = LOWEST;
   }
   memset(w->out, 0, (size_t)(rows * s->padded) * sizeof(float));
@@ -144,8 +144,7 @@ int32_t QM_CPU(attention)(void *context, const qm_attention_args *args) {
   for (int64_t block = blocks - 1; block >= 0; block--)
     for (int64_t pair = 0; pair < pairs; pair++) {
       const workspace w = divide(memory + floats * (size_t)omp_get_thread_num(), padded);
-      const sequence s =
-          find_sequence(pair, &args->q, &args->k, &args->cu_q, &args->cu_k, &args->options);
+      const sequence s = find_sequence(pair, args);
       const int64_t row = block * BLOCK_ROWS, rows = s.queries * s.group - row;
       if (rows > 0) attend(args, &s, &w, row, QM_MIN(rows, BLOCK_ROWS));
     }

@@ -17,6 +17,7 @@ typedef struct sequence {
   int64_t first_query, first_key;        /* their rows in the tensors */
   int64_t group, head, kv_head;          /* heads per key head, the first of them, the key head */
   int64_t heads, kv_heads, size, padded; /* head size, and rounded up to whole vectors */
+  int64_t stride_q, stride_k; /* elements of a row of q, of k and v, and of their gradients */
   int32_t causal, window;
 } sequence;
 
@@ -30,12 +31,16 @@ QM_ALWAYS_INLINE int64_t row_index(const sequence *s, int64_t row) {
   const int64_t query = query_of(s, row);
   return (s->first_query + query) * s->heads + s->head + (row - query * s->group);
 }
-/* Offset of stacked row's elements in q and its kin, and of a key's in k and its kin. */
+/* Offset of a stacked row's elements in out and dout; in q and dq; of a key's in k, v, dk, dv. */
 QM_ALWAYS_INLINE int64_t row_offset(const sequence *s, int64_t row) {
   return row_index(s, row) * s->size;
 }
+QM_ALWAYS_INLINE int64_t query_offset(const sequence *s, int64_t row) {
+  const int64_t query = query_of(s, row), head = s->head + (row - query * s->group);
+  return (s->first_query + query) * s->stride_q + head * s->size;
+}
 QM_ALWAYS_INLINE int64_t key_offset(const sequence *s, int64_t key) {
-  return ((s->first_key + key) * s->kv_heads + s->kv_head) * s->size;
+  return (s->first_key + key) * s->stride_k + s->kv_head * s->size;
 }
 
 /* The keys that a stacked row sees: from first_seen up to end_seen - 1. Both grow with the row. */
@@ -80,13 +85,15 @@ QM_ALWAYS_INLINE int64_t longest(const qm_array *offsets) {
   return most;
 }
 
-/* The unit'th of all (sequence, key head) pairs. */
-static inline sequence find_sequence(int64_t unit, const qm_array *q, const qm_array *k,
-                                     const qm_array *cu_q, const qm_array *cu_k,
-                                     const qm_attention_options *options) {
-  const int64_t heads = q->shape[1], kv_heads = k->shape[1], s = unit / kv_heads;
+/* The unit'th of all (sequence, key head) pairs; args of either direction. */
+#define find_sequence(unit, args)                                                                  \
+  sequence_of(unit, (args)->heads, (args)->kv_heads, (args)->head_size, (args)->stride_q,          \
+              (args)->stride_k, &(args)->cu_q, &(args)->cu_k, &(args)->options)
+static inline sequence sequence_of(int64_t unit, int64_t heads, int64_t kv_heads, int64_t size,
+                                   int64_t stride_q, int64_t stride_k, const qm_array *cu_q,
+                                   const qm_array *cu_k, const qm_attention_options *options) {
+  const int64_t s = unit / kv_heads, group = heads / kv_heads, kv_head = unit % kv_heads;
   const int32_t *queries = cu_q->data, *keys = cu_k->data;
-  const int64_t group = heads / kv_heads, kv_head = unit % kv_heads, size = q->shape[2];
   return (sequence){.queries = queries[s + 1] - queries[s],
                     .keys = keys[s + 1] - keys[s],
                     .first_query = queries[s],
@@ -98,6 +105,8 @@ static inline sequence find_sequence(int64_t unit, const qm_array *q, const qm_a
                     .kv_heads = kv_heads,
                     .size = size,
                     .padded = pad(size),
+                    .stride_q = stride_q,
+                    .stride_k = stride_k,
                     .causal = options->causal,
                     .window = options->window};
 }

@@ -143,7 +143,7 @@ static QM_AMX_TARGET void attend(const qm_attention_args *args, const sequence *
   }
   for (int64_t row = 0; row < rows; row += ROWS) {
     for (int64_t i = 0; i < ROWS; i++)
-      copy_row(row + i < rows ? q + row_offset(s, at + row + i) : NULL, s->size, deep,
+      copy_row(row + i < rows ? q + query_offset(s, at + row + i) : NULL, s->size, deep,
                w->rows + i * deep);
     transpose_words(w->rows, ROWS, deep / 2, w->q_t + row * deep / 2, ROWS);
     memset(w->out_t + row * deep, 0, (size_t)(ROWS * deep) * sizeof(float));
@@ -184,8 +184,7 @@ int32_t QM_CPU(attention_amx)(const qm_attention_args *args) {
 #pragma omp for collapse(2) schedule(dynamic)
     for (int64_t block = blocks - 1; block >= 0; block--)
       for (int64_t pair = 0; pair < pairs; pair++) {
-        const sequence s =
-            find_sequence(pair, &args->q, &args->k, &args->cu_q, &args->cu_k, &args->options);
+        const sequence s = find_sequence(pair, args);
         const int64_t row = block * BLOCK_ROWS, rows = s.queries * s.group - row;
         if (rows > 0) attend(args, &s, &w, deep, row, QM_MIN(rows, BLOCK_ROWS));
       }

@@ -130,7 +130,7 @@ static void tile_backward(const qm_attention_backward_args *args, const sequence
     const int64_t rows = QM_MIN(BLOCK_ROWS, total - row);
     if (tile_end(s, row, row + rows - 1, key, n) == 0) continue;
     for (int64_t i = 0; i < rows; i++) {
-      expand_row(s, &args->q, row_offset(s, row + i), factor, w->q + i * padded);
+      expand_row(s, &args->q, query_offset(s, row + i), factor, w->q + i * padded);
       expand_row(s, &args->dout, row_offset(s, row + i), 1.0f, w->dout + i * padded);
     }
     block_backward(s, w, row, rows, key, n);
@@ -159,7 +159,7 @@ static void sequence_backward(const qm_attention_backward_args *args, const sequ
     tile_backward(args, s, w, key, QM_MIN(TILE_KEYS, s->keys - key));
   for (int64_t row = 0; row < rows; row++)
     scale_and_narrow(s, w->dq + row * padded, (float)args->options.scale, &args->dq,
-                     row_offset(s, row));
+                     query_offset(s, row));
 }
 
 int32_t QM_CPU(attention_backward)(void *context, const qm_attention_backward_args *args) {
@@ -179,8 +179,7 @@ int32_t QM_CPU(attention_backward)(void *context, const qm_attention_backward_ar
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
   for (int64_t pair = 0; pair < pairs; pair++) {
     const workspace w = divide(memory + floats * (size_t)omp_get_thread_num(), padded, rows);
-    const sequence s =
-        find_sequence(pair, &args->q, &args->k, &args->cu_q, &args->cu_k, &args->options);
+    const sequence s = find_sequence(pair, args);
     sequence_backward(args, &s, &w);
   }
   free(memory);

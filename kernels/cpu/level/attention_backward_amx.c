@@ -169,12 +169,12 @@ static QM_AMX_TARGET void prepare_statistics(const qm_attention_backward_args *a
   }
 }
 
-/* q or dout of a part's rows in both layouts. */
-static void prepare_rows(const sequence *s, const workspace *w, const uint16_t *x, int64_t row,
-                         int64_t count, uint32_t *transposed, uint32_t *pairs) {
+/* q, or dout, of a part's rows in both layouts. */
+static void prepare_rows(const sequence *s, const workspace *w, const uint16_t *x, int32_t is_q,
+                         int64_t row, int64_t count, uint32_t *transposed, uint32_t *pairs) {
   for (int64_t i = 0; i < ROWS; i++)
-    copy_row(i < count ? x + row_offset(s, row + i) : NULL, s->size, w->deep,
-             w->rows + i * w->deep);
+    copy_row(i >= count ? NULL : x + (is_q ? query_offset(s, row + i) : row_offset(s, row + i)),
+             s->size, w->deep, w->rows + i * w->deep);
   transpose_words(w->rows, ROWS, w->deep / 2, transposed + row * w->deep / 2, ROWS);
   pair_rows(w->rows, ROWS, w->deep, pairs + row * w->deep / 2);
 }
@@ -186,8 +186,8 @@ static QM_AMX_TARGET void sequence_backward(const qm_attention_backward_args *ar
   for (int64_t row = 0; row < rows; row += ROWS) {
     const int64_t count = QM_MIN(ROWS, rows - row);
     prepare_statistics(args, s, w, row, count);
-    prepare_rows(s, w, args->q.data, row, count, w->q_t, w->q_pairs);
-    prepare_rows(s, w, args->dout.data, row, count, w->dout_t, w->dout_pairs);
+    prepare_rows(s, w, args->q.data, 1, row, count, w->q_t, w->q_pairs);
+    prepare_rows(s, w, args->dout.data, 0, row, count, w->dout_t, w->dout_pairs);
     memset(w->dq_t + row * deep, 0, (size_t)(ROWS * deep) * sizeof(float));
   }
   for (int64_t key = 0; key < s->keys; key += KEYS)
@@ -195,7 +195,8 @@ static QM_AMX_TARGET void sequence_backward(const qm_attention_backward_args *ar
   for (int64_t row = 0; row < rows; row += ROWS) {
     transpose_words(w->dq_t + row * deep, deep, ROWS, w->dk, deep);
     for (int64_t i = 0; i < QM_MIN(ROWS, rows - row); i++)
-      store_row(w->dk + i * deep, (float)args->options.scale, s->size, dq + row_offset(s, row + i));
+      store_row(w->dk + i * deep, (float)args->options.scale, s->size,
+                dq + query_offset(s, row + i));
   }
 }
 
@@ -218,8 +219,7 @@ int32_t QM_CPU(attention_backward_amx)(const qm_attention_backward_args *args) {
     tiles_take(&before);
 #pragma omp for schedule(dynamic)
     for (int64_t pair = 0; pair < pairs; pair++) {
-      const sequence s =
-          find_sequence(pair, &args->q, &args->k, &args->cu_q, &args->cu_k, &args->options);
+      const sequence s = find_sequence(pair, args);
       sequence_backward(args, &s, &w);
     }
     tiles_give_back(&before);
