@@ -3,8 +3,7 @@
 **
 ** cuBLASLt counts by columns, so it sees the transpose of every row-major matrix: out^T = b^T a^T.
 ** Sums run in f32; f32 operands are multiplied as such, never as TF32. Partial sums of a product
-** that is split along k stay f32 too. What algorithm runs is cuBLASLt's first choice for a shape:
-** a timed choice could differ from run to run, and with it the bits.
+** that is split along k stay f32 too.
 */
 #include "device.cuh"
 #include "gemm.cuh"
@@ -45,7 +44,6 @@ static int32_t launch_finish(qm_cuda *cuda, const float *product, const qm_array
 static int32_t multiply(qm_cuda *cuda, const qm_gemm_args *args, const qm_array *out, float beta,
                         const void *bias) {
   qm_cuda_blas *blas = cuda->blas;
-  const float alpha = (float)args->alpha;
   const int64_t size = args->a.dtype == QM_F32 ? 4 : 2, out_size = out->dtype == QM_F32 ? 4 : 2;
   int32_t status = QM_OK;
   for (int64_t done = 0; done < args->batch && status == QM_OK; done += BATCH_MAX) {
@@ -67,18 +65,16 @@ static int32_t multiply(qm_cuda *cuda, const qm_gemm_args *args, const qm_array 
         .alignment_out = alignment(to),
         .bias = bias != NULL,
     };
+    const qm_gemm_operands operands = {a, b, to, (float)args->alpha, beta};
     const std::lock_guard<std::mutex> guard(blas->lock);
-    const qm_gemm_plan *p = NULL;
+    qm_gemm_plan *p = NULL;
     status = qm_cuda_gemm_find(blas, &key, &p);
     if (status == QM_OK && bias != NULL)
       status = qm_cuda_gemm_check(qm_gemm_set(p->product, CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias),
                                   "bias");
-    if (status == QM_OK)
-      status = qm_cuda_gemm_check(
-          cublasLtMatmul(blas->handle, p->product, &alpha, b, p->first, a, p->second, &beta, to,
-                         p->out, to, p->out, &p->algorithm, blas->workspace,
-                         QM_GEMM_WORKSPACE_BYTES, cuda->compute),
-          "launch");
+    if (status != QM_OK) return status;
+    if (p->count > 1) qm_cuda_gemm_tune(cuda, &key, p, &operands);
+    status = qm_cuda_gemm_check(qm_cuda_gemm_run(cuda, p, 0, &operands, to), "launch");
   }
   return status == QM_OK ? qm_cuda_launched(cuda, "gemm") : status;
 }

@@ -9,7 +9,10 @@
 
 #include "cuda.h"
 
-enum { QM_GEMM_WORKSPACE_BYTES = 32 << 20 }; /* what NVIDIA advises on Hopper */
+enum {
+  QM_GEMM_WORKSPACE_BYTES = 32 << 20, /* what NVIDIA advises on Hopper */
+  QM_GEMM_CANDIDATES = 8,
+};
 
 /* What a plan is made for. No padding, so that keys compare as bytes. */
 typedef struct qm_gemm_key {
@@ -27,19 +30,35 @@ bool operator==(const qm_gemm_key &x, const qm_gemm_key &y);
 
 typedef struct qm_gemm_plan {
   cublasLtMatmulDesc_t product;
-  cublasLtMatrixLayout_t first, second, out; /* cuBLASLt's first operand is our b */
-  cublasLtMatmulAlgo_t algorithm;
+  cublasLtMatrixLayout_t first, second, out;           /* cuBLASLt's first operand is our b */
+  cublasLtMatmulAlgo_t algorithms[QM_GEMM_CANDIDATES]; /* the first one runs */
+  int count;                                           /* 1: settled */
 } qm_gemm_plan;
+
+/* One product's operands; out = alpha op(a) op(b) + beta out. */
+typedef struct qm_gemm_operands {
+  const void *a, *b;
+  void *out;
+  float alpha, beta;
+} qm_gemm_operands;
 
 struct qm_cuda_blas {
   std::mutex lock; /* around finding a plan and queueing it */
   cublasLtHandle_t handle;
   void *workspace;
+  bool tunes; /* unless $QM_CUDA_TUNE=0 */
+  int tuned;  /* plans so far */
   std::unordered_map<qm_gemm_key, qm_gemm_plan, qm_gemm_hash> plans;
 };
 
 /* The cached plan for the key, made when there is none. */
-int32_t qm_cuda_gemm_find(qm_cuda_blas *blas, const qm_gemm_key *key, const qm_gemm_plan **out);
+int32_t qm_cuda_gemm_find(qm_cuda_blas *blas, const qm_gemm_key *key, qm_gemm_plan **out);
+/* Queue a product with algorithm `index`, its result at `to`: operands->out or elsewhere. */
+cublasStatus_t qm_cuda_gemm_run(qm_cuda *cuda, const qm_gemm_plan *p, int index,
+                                const qm_gemm_operands *operands, void *to);
+/* gemm_tune.cu: settle on the fastest of the plan's algorithms that give the first one's bits. */
+void qm_cuda_gemm_tune(qm_cuda *cuda, const qm_gemm_key *key, qm_gemm_plan *p,
+                       const qm_gemm_operands *operands);
 int32_t qm_cuda_gemm_check(cublasStatus_t code, const char *what);
 template <typename T>
 static cublasStatus_t qm_gemm_set(cublasLtMatmulDesc_t product,

@@ -1,4 +1,5 @@
 /* gemm_plan.cu - what cuBLASLt is asked to run for a product, found once and kept. */
+#include <stdlib.h>
 #include <string.h>
 
 #include <new>
@@ -32,6 +33,8 @@ int32_t qm_cuda_gemm_open(qm_cuda *cuda) {
   qm_cuda_blas *blas = new (std::nothrow) qm_cuda_blas{};
   if (blas == NULL) return qm_cuda_host->fail(QM_E_MEMORY, "the host is out of memory");
   cuda->blas = blas;
+  const char *tune = getenv("QM_CUDA_TUNE");
+  blas->tunes = tune == NULL || strcmp(tune, "0") != 0;
   const int32_t status = qm_cuda_gemm_check(cublasLtCreate(&blas->handle), "opening cuBLASLt");
   if (status != QM_OK) return status;
   cuda->workspace_bytes += QM_GEMM_WORKSPACE_BYTES;
@@ -123,18 +126,20 @@ static cublasStatus_t choose(const qm_cuda_blas *blas, qm_gemm_plan *p, const qm
     if (code == CUBLAS_STATUS_SUCCESS)
       code = cublasLtMatmulPreferenceSetAttribute(preference, attribute.name, attribute.value,
                                                   attribute.size);
-  cublasLtMatmulHeuristicResult_t best;
+  cublasLtMatmulHeuristicResult_t best[QM_GEMM_CANDIDATES];
   int found = 0;
   if (code == CUBLAS_STATUS_SUCCESS)
     code = cublasLtMatmulAlgoGetHeuristic(blas->handle, p->product, p->first, p->second, p->out,
-                                          p->out, preference, 1, &best, &found);
+                                          p->out, preference, blas->tunes ? QM_GEMM_CANDIDATES : 1,
+                                          best, &found);
   cublasLtMatmulPreferenceDestroy(preference);
   if (code == CUBLAS_STATUS_SUCCESS && found == 0) code = CUBLAS_STATUS_NOT_SUPPORTED;
-  if (code == CUBLAS_STATUS_SUCCESS) p->algorithm = best.algo;
+  for (int i = 0; i < found && code == CUBLAS_STATUS_SUCCESS; i++)
+    p->algorithms[p->count++] = best[i].algo;
   return code;
 }
 
-int32_t qm_cuda_gemm_find(qm_cuda_blas *blas, const qm_gemm_key *key, const qm_gemm_plan **out) {
+int32_t qm_cuda_gemm_find(qm_cuda_blas *blas, const qm_gemm_key *key, qm_gemm_plan **out) {
   auto entry = blas->plans.find(*key);
   if (entry == blas->plans.end()) {
     qm_gemm_plan p = {};
@@ -152,4 +157,12 @@ int32_t qm_cuda_gemm_find(qm_cuda_blas *blas, const qm_gemm_key *key, const qm_g
   }
   *out = &entry->second;
   return QM_OK;
+}
+
+cublasStatus_t qm_cuda_gemm_run(qm_cuda *cuda, const qm_gemm_plan *p, int index,
+                                const qm_gemm_operands *operands, void *to) {
+  return cublasLtMatmul(cuda->blas->handle, p->product, &operands->alpha, operands->b, p->first,
+                        operands->a, p->second, &operands->beta, operands->out, p->out, to, p->out,
+                        &p->algorithms[index], cuda->blas->workspace, QM_GEMM_WORKSPACE_BYTES,
+                        cuda->compute);
 }
