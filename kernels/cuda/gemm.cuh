@@ -46,7 +46,7 @@ struct qm_cuda_blas {
   std::mutex lock; /* around finding a plan and queueing it */
   cublasLtHandle_t handle;
   void *workspace;
-  bool tunes; /* unless $QM_CUDA_TUNE=0 */
+  bool tunes; /* $QM_CUDA_TUNE=1 */
   int tuned;  /* plans so far */
   std::unordered_map<qm_gemm_key, qm_gemm_plan, qm_gemm_hash> plans;
 };
