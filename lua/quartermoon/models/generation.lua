@@ -59,7 +59,7 @@ function M.generate(self, prompt, options)
   if check.is_tensor(prompt) then prompt = prompt:totable() end
   check.type(name, "prompt", prompt, "table")
   if #prompt == 0 then check.fail(name, "prompt", "at least one token", prompt) end
-  local room = self.config.max_position_embeddings - #prompt
+  local room = self.positions_max - #prompt
   local steps = math.min(check.integer(name, "max_tokens", options.max_tokens, 0), room)
   local generator, made, fresh = qm.generator(options.seed), {}, prompt
   if steps < 1 then return made end
