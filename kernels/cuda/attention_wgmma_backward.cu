@@ -109,13 +109,12 @@ static __global__ void __launch_bounds__(THREADS, 1)
   if (steps > 0) qm_barrier_wait(&kept, 0);
   for (int32_t i = 0; i < steps; i++) {
     const int32_t stage = i % STAGES, query = first + i % tiles * QUERIES;
-    float scores[QUERIES / 8][4], slopes[QUERIES / 8][4];
+    float scores[QUERIES / 8][4];
     uint32_t weights[QUERIES / 16][4];
     qm_barrier_wait(&full[stage], i / STAGES % 2);
     qm_products_begin();
     qm_multiply_tiles<T, D, KEPT, QUERIES>(scores, keys, qm_tile(tile_q + stage * BYTES));
-    qm_multiply_tiles<T, D, KEPT, QUERIES>(slopes, values, qm_tile(tile_d + stage * BYTES));
-    qm_products_wait<1>();
+    qm_products_wait<0>();
     qm_pin(scores);
     const bool masked = query < open || query + QUERIES > close;
 #pragma unroll
@@ -130,8 +129,10 @@ static __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll
     for (int step = 0; step < QUERIES / 16; step++)
       qm_weights_fragment<T>(weights[step], scores, step);
+    float slopes[QUERIES / 8][4];
     qm_pin(dv);
     qm_products_begin();
+    qm_multiply_tiles<T, D, KEPT, QUERIES>(slopes, values, qm_tile(tile_d + stage * BYTES));
     const uint64_t douts = qm_tile_along(tile_d + stage * BYTES, QUERIES * 128);
 #pragma unroll
     for (int step = 0; step < QUERIES / 16; step++)

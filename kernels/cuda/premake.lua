@@ -1,5 +1,6 @@
 -- premake.lua - the CUDA backend's part of premake5.lua: writes build/make/cuda.make.
--- $QM_CUDA_ARCHS narrows what is compiled for ("90a" halves the time).
+-- $QM_CUDA_ARCHS narrows what is compiled for ("90a" halves the time). Beside each object lies a .log of
+-- what the compiler said, with registers and spills where $QM_CUDA_REPORT is 1: scripts/spills reads it.
 local nvcc_options = {
   "-std=c++20", "-O3", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra", "-Werror=all-warnings",
   "-fmad=false", -- as -ffp-contract=off elsewhere
@@ -10,6 +11,7 @@ for arch in (os.getenv("QM_CUDA_ARCHS") or "80 90a ptx90"):gmatch("%S+") do
   nvcc_options[#nvcc_options + 1] = ("-gencode=arch=compute_%s,code=%s_%s"):format(ptx or arch,
     ptx and "compute" or "sm", ptx or arch)
 end
+if os.getenv("QM_CUDA_REPORT") == "1" then nvcc_options[#nvcc_options + 1] = "-Xptxas=-v" end
 local makefile = [[
 config ?= release
 NVCC ?= nvcc
