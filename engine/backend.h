@@ -49,6 +49,11 @@ typedef struct qm_unary_args {
   int32_t op;
   double p0, p1;
 } qm_unary_args;
+typedef struct qm_unary_backward_args {
+  qm_array dout, x, dx;
+  int32_t op;
+  double p0, p1;
+} qm_unary_backward_args;
 /* Strides in elements over out's four dimensions (left-padded with 1); 0 where broadcast. */
 typedef struct qm_binary_args {
   qm_array a, b, out;
@@ -255,7 +260,8 @@ typedef struct qm_mpq_linear_args {
   X(mpq_linear)                                                                                    \
   X(grad_scale)                                                                                    \
   X(layer_norm)                                                                                    \
-  X(layer_norm_backward)
+  X(layer_norm_backward)                                                                           \
+  X(unary_backward)
 
 typedef qm_gather_args qm_scatter_add_args;
 

@@ -11,6 +11,20 @@ int32_t qm_unary(int32_t op, const qm_tensor *x, const qm_tensor *out, double p0
   return QM__DISPATCH(call, unary, &args);
 }
 
+int32_t qm_unary_backward(int32_t op, const qm_tensor *dout, const qm_tensor *x,
+                          const qm_tensor *dx, double p0, double p1) {
+  qm__call call = qm__begin("qm_unary_backward");
+  qm_unary_backward_args args = {.op = op, .p0 = p0, .p1 = p1};
+  qm__require(&call, op >= 0 && op < QM_GELU_GRAD,
+              "argument 'op': expected an operation with a derivative, got %d", op);
+  qm__operand(&call, "x", x, "float [...]", QM__READ, &args.x);
+  qm__operand(&call, "dout", dout, "=x [...]", QM__READ, &args.dout);
+  qm__operand(&call, "dx", dx, "=x [...]", QM__IN_PLACE, &args.dx);
+  qm__same_shape(&call, "dout", &args.x, &args.dout);
+  qm__same_shape(&call, "dx", &args.x, &args.dx);
+  return QM__DISPATCH(call, unary_backward, &args);
+}
+
 /* Strides of x seen with out's (left-padded) shape: 0 where x is broadcast. */
 static void broadcast(qm__call *call, const char *name, const qm_tensor *tensor, const qm_array *x,
                       const qm_array *out, int64_t stride[QM_DIMS_MAX]) {

@@ -194,6 +194,11 @@ enum { QM_NEG = 0, QM_ABS = 1, QM_EXP = 2, QM_LOG = 3, QM_SQRT = 4, QM_RSQRT = 5
        QM_CLAMP = 13, QM_AFFINE = 14, QM_SIGN = 15, QM_FLOOR = 16, QM_ROUND = 17, QM_SIN = 18,
        QM_COS = 19, QM_RECIPROCAL = 20, QM_GELU_GRAD = 21, QM_SILU_GRAD = 22, QM_UNARY_COUNT = 23 };
 int32_t qm_unary(int32_t op, const qm_tensor *x, const qm_tensor *out, double p0, double p1);
+/* dx = dout op'(x), the derivative that of the operation at x: 0 for SIGN, FLOOR, ROUND and where
+** ABS and RELU are not smooth; GELU_GRAD and SILU_GRAD are refused. One float type and shape; dx may
+** be dout or x. */
+int32_t qm_unary_backward(int32_t op, const qm_tensor *dout, const qm_tensor *x,
+                          const qm_tensor *dx, double p0, double p1);
 /* out = a op b, float, numpy broadcasting to out's shape; the comparisons give 1 or 0.
 ** Types may differ: computed in f32. MAXIMUM and MINIMUM are NaN where a or b is. */
 enum { QM_ADD = 0, QM_SUB = 1, QM_MUL = 2, QM_DIV = 3, QM_MAXIMUM = 4, QM_MINIMUM = 5, QM_EQ = 6,

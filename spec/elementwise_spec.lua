@@ -67,6 +67,17 @@ describe("qm.pow", function()
   end)
 end)
 
+---The value, and the gradient where there is one, of an operation.
+local function run(entry)
+  return function(x, dout)
+    if entry.flat then return entry[1](x) end
+    x:requires_gradient():zero_grad()
+    local out = entry[1](x):keep()
+    out:backward(dout)
+    return out, x.grad
+  end
+end
+
 describe("unary operations", function()
   for name, entry in pairs(CALLS) do
     it(name .. " has its value, also far out", function()
@@ -78,12 +89,16 @@ describe("unary operations", function()
     end)
 
     for _, dtype in ipairs({ "f32", "bf16", "f16" }) do
-      it(name .. " equals the reference in " .. dtype .. ", on odd sizes", function()
+      it(name .. " and its gradient equal the reference in " .. dtype .. ", on odd sizes", function()
         for _, shape in ipairs({ {}, { 1 }, { 3, 5 }, { 7, 515 }, { 0, 3 } }) do
           local x = inputs_for(entry, shape):to(dtype)
           for _, move in ipairs({ false, testing.shifted }) do
-            local expected, actual = testing.both({ x }, entry[1], move)
+            local dout = qm.randn(shape, { device = "reference" }):to(dtype)
+            local expected, actual = testing.both({ x, dout }, run(entry), move)
             testing.assert_close(expected[1], actual[1], dtype == "f32" and 2e-6 or 1e-2)
+            if not entry.flat then
+              testing.assert_close(expected[2], actual[2], dtype == "f32" and 4e-6 or 1e-2, "dx")
+            end
           end
         end
       end)

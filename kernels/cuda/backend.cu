@@ -148,5 +148,6 @@ extern "C" __attribute__((visibility("default"))) const qm_backend *qm_backend_e
   kernels->swiglu = qm_cuda_swiglu;
   kernels->swiglu_backward = qm_cuda_swiglu_backward;
   kernels->unary = qm_cuda_unary;
+  kernels->unary_backward = qm_cuda_unary_backward;
   return &backend;
 }

@@ -1,12 +1,8 @@
 /* swiglu.cu - silu(gate) * up and its gradients. Arithmetic of kernels/reference/swiglu.c, but for
 ** the fast exponential and division: within a few ulp. Memory bound. */
-#include "device.cuh"
+#include "sigmoid.cuh"
 
 enum { THREADS = 256 };
-
-static __device__ __forceinline__ float sigmoid(float x) {
-  return __fdividef(1.0f, 1.0f + __expf(-x));
-}
 
 template <typename T, int WIDTH>
 static __global__ void swiglu(const T *gate, const T *up, T *out, int64_t count) {
@@ -18,19 +14,19 @@ static __global__ void swiglu(const T *gate, const T *up, T *out, int64_t count)
     pack outs;
     for (int j = 0; j < WIDTH; j++) {
       const float g = qm_float(gates.at[j]);
-      outs.at[j] = qm_as<T>(g * sigmoid(g) * qm_float(ups.at[j]));
+      outs.at[j] = qm_as<T>(g * qm_sigmoid(g) * qm_float(ups.at[j]));
     }
     ((pack *)out)[i] = outs;
   }
   const int64_t rest = packs * WIDTH + first;
   if (rest >= count) return;
   const float g = qm_float(gate[rest]);
-  out[rest] = qm_as<T>(g * sigmoid(g) * qm_float(up[rest]));
+  out[rest] = qm_as<T>(g * qm_sigmoid(g) * qm_float(up[rest]));
 }
 
 /* d = dout, g = gate, u = up. */
 static __device__ __forceinline__ float2 gradients(float d, float g, float u) {
-  const float s = sigmoid(g);
+  const float s = qm_sigmoid(g);
   return {d * u * (s * fmaf(g, 1.0f - s, 1.0f)), d * (g * s)};
 }
 

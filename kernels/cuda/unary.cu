@@ -1,18 +1,10 @@
 /* unary.cu - one operation on each element, in f32. Reference: kernels/reference/elementwise.c
-** (which
-** has GELU and SiLU's derivative in f64). Source of GELU: arXiv 1606.08415. */
+
+** (which has GELU and SiLU's derivative in f64). */
 #include "pack.cuh"
+#include "sigmoid.cuh"
 
 static __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
-
-/* sqrt(2 / pi) (x + 0.044715 x^3) */
-static __device__ __forceinline__ float gelu_inner(float x) {
-  return 0.7978845608f * fmaf(0.044715f * x * x, x, x);
-}
-/* Phi(x): erfc keeps its digits in the left tail. */
-static __device__ __forceinline__ float normal_cdf(float x) {
-  return 0.5f * erfcf(-0.7071067812f * x);
-}
 
 template <int OP>
 struct operation {
@@ -28,8 +20,7 @@ struct operation {
       case QM_TANH: return tanhf(x);
       case QM_SIGMOID: return sigmoid(x);
       case QM_SILU: return x / (1.0f + expf(-x));
-      case QM_GELU:
-        return p0 != 0.0f ? 0.5f * x * (1.0f + tanhf(gelu_inner(x))) : x * normal_cdf(x);
+      case QM_GELU: return p0 != 0.0f ? qm_gelu_tanh(x) : qm_gelu(x);
       case QM_RELU: return x < 0.0f ? 0.0f : x;
       case QM_SQUARE: return x * x;
       case QM_POW: return powf(x, p0);
@@ -41,12 +32,7 @@ struct operation {
       case QM_SIN: return sinf(x);
       case QM_COS: return cosf(x);
       case QM_RECIPROCAL: return 1.0f / x;
-      case QM_GELU_GRAD: {
-        if (p0 == 0.0f) return normal_cdf(x) + x * 0.3989422804f * expf(-0.5f * x * x);
-        const float t = tanhf(gelu_inner(x));
-        const float slope = 0.7978845608f * fmaf(3.0f * 0.044715f * x, x, 1.0f);
-        return 0.5f * (1.0f + t) + 0.5f * x * (1.0f - t * t) * slope;
-      }
+      case QM_GELU_GRAD: return p0 != 0.0f ? qm_gelu_tanh_grad(x) : qm_gelu_grad(x);
       default: {
         const float s = sigmoid(x);
         return s * (1.0f + x * (1.0f - s));

@@ -57,6 +57,41 @@ int32_t qm_reference_unary(void *context, const qm_unary_args *args) {
   return QM_OK;
 }
 
+static double derivative(const qm_unary_backward_args *args, double x) {
+  const double sigmoid = 1.0 / (1.0 + exp(-x));
+  switch (args->op) {
+    case QM_NEG: return -1.0;
+    case QM_ABS: return x > 0.0 ? 1.0 : x < 0.0 ? -1.0 : x;
+    case QM_EXP: return exp(x);
+    case QM_LOG: return 1.0 / x;
+    case QM_SQRT: return 0.5 / sqrt(x);
+    case QM_RSQRT: return -0.5 / (x * sqrt(x));
+    case QM_TANH: return 1.0 - tanh(x) * tanh(x);
+    case QM_SIGMOID: return sigmoid * (1.0 - sigmoid);
+    case QM_SILU: return silu_grad(x);
+    case QM_GELU: return gelu_grad(x, args->p0 != 0.0);
+    case QM_RELU: return x > 0.0 ? 1.0 : x != x ? x : 0.0;
+    case QM_SQUARE: return 2.0 * x;
+    case QM_POW: return args->p0 == 0.0 ? 0.0 : args->p0 * pow(x, args->p0 - 1.0);
+    case QM_CLAMP: return x >= (double)(float)args->p0 && x <= (double)(float)args->p1 ? 1.0 : 0.0;
+    case QM_AFFINE: return args->p0;
+    case QM_SIN: return cos(x);
+    case QM_COS: return -sin(x);
+    case QM_RECIPROCAL: return -1.0 / (x * x);
+    default: return 0.0;
+  }
+}
+
+int32_t qm_reference_unary_backward(void *context, const qm_unary_backward_args *args) {
+  (void)context;
+  const int32_t dtype = args->x.dtype;
+  for (int64_t i = 0; i < args->x.count; i++) {
+    const double slope = derivative(args, (double)qm_load(args->x.data, dtype, i));
+    qm_store(args->dx.data, dtype, i, (float)((double)qm_load(args->dout.data, dtype, i) * slope));
+  }
+  return QM_OK;
+}
+
 static float binary(int32_t op, float a, float b) {
   switch (op) {
     case QM_ADD: return a + b;

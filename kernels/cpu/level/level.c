@@ -33,4 +33,5 @@ void QM_CPU(level)(qm_kernels *kernels) {
   kernels->swiglu = QM_CPU(swiglu);
   kernels->swiglu_backward = QM_CPU(swiglu_backward);
   kernels->unary = QM_CPU(unary);
+  kernels->unary_backward = QM_CPU(unary_backward);
 }

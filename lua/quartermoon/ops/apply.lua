@@ -20,32 +20,26 @@ function M.binary_into(op, a, b, out)
   return out
 end
 
----a * b, a new tensor of a's type and shape.
-function M.times(a, b) return M.binary_into(C.QM_MUL, a, b, a:empty_like()) end
-
----dout times a temporary, which is released.
-function M.times_temporary(dout, temporary)
-  local dx = M.binary_into(C.QM_MUL, dout, temporary, dout:empty_like())
-  temporary:free()
-  return dx
-end
-
----An operation of one operand: a new tensor, recorded.
----@param gradient function|nil  (dout, x, out) -> dx, a new tensor; nil: the gradient is zero everywhere
-function M.apply(name, op, gradient, x, p0, p1)
+---An operation of one operand: a new tensor, recorded; its gradient is one kernel call too.
+---@param flat boolean|nil  true: the gradient is zero everywhere, and nothing is recorded
+function M.apply(name, op, flat, x, p0, p1)
   local desc = check.desc(name, "x", x)
   local out = x:empty_like()
-  binding.check(lib.qm_unary(op, desc, out.desc, p0 or 0, p1 or 0), name, out)
-  if not gradient then return out end
-  return record(name, { x }, { out }, {}, function(dout) return gradient(dout, x, out) end)
+  p0, p1 = p0 or 0, p1 or 0
+  binding.check(lib.qm_unary(op, desc, out.desc, p0, p1), name, out)
+  if flat then return out end
+  return record(name, { x }, { out }, {}, function(dout)
+    local dx = x:empty_like()
+    binding.check(lib.qm_unary_backward(op, dout.desc, x.desc, dx.desc, p0, p1), name)
+    return dx
+  end)
 end
 
 ---`factor * x + offset` with numbers, in one pass.
 function M.affine(name, x, factor, offset)
-  return M.apply(name, C.QM_AFFINE, function(dout)
-    if factor == 1 then return dout:share() end
-    return M.unary_into(C.QM_AFFINE, dout, dout:empty_like(), factor)
-  end, x, factor, offset)
+  if factor ~= 1 then return M.apply(name, C.QM_AFFINE, false, x, factor, offset) end
+  local out = M.apply(name, C.QM_AFFINE, true, x, factor, offset)
+  return record(name, { x }, { out }, {}, function(dout) return dout:share() end)
 end
 
 return M

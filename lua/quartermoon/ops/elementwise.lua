@@ -176,7 +176,7 @@ function Tensor:add_(y, alpha)
   if broadcast.same_shape(self.shape, y.shape) then
     binding.check(lib.qm_accumulate(desc, self.desc, alpha, 1), "add_")
   else
-    local scaled = kernels.apply("add_", C.QM_AFFINE, nil, y, alpha, 0)
+    local scaled = kernels.apply("add_", C.QM_AFFINE, true, y, alpha, 0)
     binding.check(lib.qm_binary(C.QM_ADD, self.desc, scaled.desc, self.desc), "add_", scaled)
     scaled:free()
   end
