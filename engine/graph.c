@@ -75,6 +75,7 @@ int32_t qm_graph_begin(qm_device *device) {
     destroy(graph);
   else
     device->recording = graph;
+  atomic_fetch_add(&device->replays, 1);
   return status;
 }
 
@@ -85,6 +86,7 @@ int32_t qm_graph_end(qm_device *device, qm_graph **out) {
     return qm__fail(QM_E_ARGUMENT, "argument 'device': no graph is being recorded on %s",
                     device->backend->name);
   device->recording = NULL;
+  atomic_fetch_add(&device->replays, 1);
   qm__pool_stop(&device->allocator);
   const bool wanted = out != NULL && graph->status == QM_OK;
   int32_t status = QM_OK;
@@ -102,6 +104,7 @@ int32_t qm_graph_end(qm_device *device, qm_graph **out) {
 int32_t qm_graph_launch(qm_graph *graph) {
   if (graph == NULL) return qm__fail(QM_E_ARGUMENT, "qm_graph_launch: NULL");
   qm_device *device = graph->device;
+  atomic_fetch_add(&device->replays, 1);
   int32_t status = qm__graph_refuse(device, "replaying a graph");
   if (status != QM_OK) return status;
   const qm__timing timing = qm__profile_begin(device, "graph");

@@ -74,6 +74,7 @@ struct qm_device {
   int32_t index;
   qm__allocator allocator;
   qm_graph *recording;    /* the graph that is being recorded, or NULL */
+  atomic_llong replays;   /* of graphs, their beginnings and ends: they write unseen */
   struct qm_device *next; /* in the list of open devices */
 };
 
@@ -82,6 +83,7 @@ struct qm_storage {
   qm_device *device; /* retained */
   char *memory;
   int64_t size_bytes;
+  atomic_llong writes; /* calls that write here */
   int64_t block_bytes; /* what the allocator wants back; 0: a mapped file */
   qm__pool *pool;      /* the same: NULL, or whose block it is */
   int64_t recording;   /* serial number of the last recording that held it */

@@ -218,6 +218,7 @@ void qm__operand(qm__call *call, const char *name, const qm_tensor *x, const cha
     call->operands[call->operand_count].end = begin + out->count * qm_dtype_size(x->dtype);
     call->operands[call->operand_count++].use = use;
   }
+  if (use != QM__READ) atomic_fetch_add(&x->storage->writes, 1);
   if (call->device->recording != NULL) qm__graph_hold(call->device->recording, x->storage);
 }
 

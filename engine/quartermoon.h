@@ -161,6 +161,8 @@ void qm_storage_retain(qm_storage *storage);
 void qm_storage_release(qm_storage *storage);
 int64_t qm_storage_size(const qm_storage *storage);
 int32_t qm_storage_references(const qm_storage *storage);
+/* Another number than before if a call, or a replayed graph, may have written here since. */
+int64_t qm_storage_version(const qm_storage *storage);
 
 /* ---- moving and filling ---- */
 

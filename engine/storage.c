@@ -95,6 +95,12 @@ int64_t qm_storage_size(const qm_storage *storage) {
   return storage == NULL ? 0 : storage->size_bytes;
 }
 
+int64_t qm_storage_version(const qm_storage *storage) {
+  if (storage == NULL) return 0;
+  qm_storage *counted = (qm_storage *)(uintptr_t)storage;
+  return atomic_load(&counted->writes) + atomic_load(&counted->device->replays);
+}
+
 int32_t qm_storage_references(const qm_storage *storage) {
   return storage == NULL ? 0 : atomic_load(&((qm_storage *)(uintptr_t)storage)->references);
 }

@@ -3,6 +3,7 @@
 
 local ffi = require("ffi")
 local binding = require("quartermoon.ffi")
+local casts = require("quartermoon.cast")
 local check = require("quartermoon.check")
 local host_buffer = require("quartermoon.host_buffer")
 local devices = require("quartermoon.device")
@@ -280,6 +281,7 @@ function Tensor:free()
   if self.storage == nil then return end
   lib.qm_storage_release(ffi.gc(self.storage, nil))
   self.storage, self.desc.storage = nil, nil
+  if self.casts then casts.free(self) end
 end
 
 ---How many tensors share this memory.

@@ -1,6 +1,7 @@
 ---Matrix products and decompositions.
 
 local binding = require("quartermoon.ffi")
+local cast = require("quartermoon.cast")
 local check = require("quartermoon.check")
 local autograd = require("quartermoon.autograd")
 local product = require("quartermoon.product")
@@ -52,17 +53,9 @@ function M.matmul(a, b, options)
   end)
 end
 
----Run `body` on the tensor in x's type: itself, or a temporary copy.
-local function with_type_of(x, tensor, body)
-  if tensor.dtype == x.dtype then return body(tensor) end
-  local cast = tensor:to(x.dtype)
-  local result = body(cast)
-  cast:free()
-  return result
-end
-
 ---Linear layer: `x weight (+ bias)`. Weights may be f32 where activations are 16-bit: the product
----then runs on a temporary copy in x's type, and the weight's gradient sums in f32.
+---then runs on a copy in x's type, which stays with a parameter and is made anew when that changed, and
+---the weight's gradient sums in f32.
 ---
 ---@param x qm.Tensor       float [R, K]
 ---@param weight qm.Tensor  float [K, N]
@@ -76,10 +69,10 @@ function M.linear(x, weight, bias)
   product.check_bias(name, bias, weight.shape[2])
   local out = scopes.guard(function()
     local y = tensors.empty({ x.shape[1] or 0, weight.shape[2] or 0 }, { dtype = x.dtype, device = x.device })
-    return with_type_of(x, weight, function(w) return product.linear(name, x, w, bias, y) end)
+    return cast.with(weight, x.dtype, function(w) return product.linear(name, x, w, bias, y) end)
   end)
   return record("linear", { x, weight, bias or false }, { out }, {}, function(dout)
-    local dx = needs_grad(x) and with_type_of(x, weight, function(w)
+    local dx = needs_grad(x) and cast.with(weight, x.dtype, function(w)
       return product_gradient(name, x, dout, w, false, true)
     end) or nil
     return dx, product_gradient(name, weight, x, dout, true, false), product.bias_gradient(name, bias, dout)

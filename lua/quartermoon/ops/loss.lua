@@ -3,6 +3,7 @@
 
 local ffi = require("ffi")
 local binding = require("quartermoon.ffi")
+local cast = require("quartermoon.cast")
 local check = require("quartermoon.check")
 local autograd = require("quartermoon.autograd")
 local broadcast = require("quartermoon.ops.broadcast")
@@ -131,15 +132,16 @@ end
 ---The mean loss, and while gradients are recorded those of x and weight (else nil) for a dout of 1.
 local function fused(name, x, weight, targets, job)
   local recording = autograd.enabled()
-  local cast = weight.dtype ~= x.dtype and weight:to(x.dtype)
-  job.x, job.weight, job.targets = x, cast or weight, targets
+  job.x, job.targets = x, targets
   job.share = share_of_each(name, targets, job.ignore_index)
   job.losses = tensors.empty(targets.shape, { device = x.device })
   job.dx = recording and needs_grad(x) and x:empty_like() or nil
   job.dweight = recording and needs_grad(weight) and weight:empty_like("f32") or nil
   if job.dweight and x.shape[1] == 0 then job.dweight:fill(0) end
-  run_chunks(name, job)
-  if cast then cast:free() end
+  cast.with(weight, x.dtype, function(w)
+    job.weight = w
+    run_chunks(name, job)
+  end)
   local mean = mean_loss(name, job.losses, job.share)
   job.losses:free() job.share:free()
   return mean, job.dx, job.dweight
