@@ -97,13 +97,26 @@ describe("a CUDA device", function()
     testing.assert_equal((y * 2):to("cpu"), z:to("cpu"))
   end)
 
+  it("times operations where they run", function()
+    local x, y = qm.randn({ 300, 300 }, { device = device }), qm.randn({ 300, 300 }, { device = device })
+    local profile = qm.profile(function()
+      for _ = 1, 20 do qm.swiglu(x, y):free() end
+    end)
+    local found = profile.kernels[1]
+    assert.equal("swiglu", found.name)
+    assert.equal(20, found.calls)
+    assert.equal(20 * 3 * 4 * 90000, found.bytes)
+    assert(found.seconds > 0 and found.seconds <= profile.seconds, found.seconds)
+  end)
+
   it("loses the device to an error in a kernel, and names the operation where it waits for each", function()
+    -- In a process of its own, whose tensor gets an address that is none.
     local program = ([[
       local qm = require("quartermoon")
       local ffi = require("ffi")
       local lib = require("quartermoon.ffi").lib
       local x = qm.zeros({ 4 }, { device = "cuda" })
-      ffi.cast("char **", x.storage)[2] = ffi.cast("char *", 4096) -- the storage's memory, spoilt
+      ffi.cast("char **", x.storage)[2] = ffi.cast("char *", 4096)
       io.stderr:write(select(2, pcall(function() x:fill(1) qm.device("cuda"):sync() end)), "\n")
       os.exit(0, false)
     ]]):gsub("\n%s*", " ")

@@ -20,7 +20,9 @@ void qm_cuda_release(void *context, void *memory, int64_t size_bytes) {
   (void)size_bytes;
   qm_cuda *cuda = (qm_cuda *)context;
   cudaSetDevice(cuda->index);
-  cudaFree(memory); /* waits for the device: nothing queued can still use it */
+  /* It waits for the device: nothing queued can still use the memory. An error would be some former
+  ** operation's: it comes up again where there is somebody to tell. */
+  if (cudaFree(memory) != cudaSuccess) cudaGetLastError();
 }
 
 int32_t qm_cuda_scratch(qm_cuda *cuda, int64_t size_bytes, void **out) {
