@@ -197,8 +197,8 @@ enum { QM_NEG = 0, QM_ABS = 1, QM_EXP = 2, QM_LOG = 3, QM_SQRT = 4, QM_RSQRT = 5
        QM_COS = 19, QM_RECIPROCAL = 20, QM_GELU_GRAD = 21, QM_SILU_GRAD = 22, QM_UNARY_COUNT = 23 };
 int32_t qm_unary(int32_t op, const qm_tensor *x, const qm_tensor *out, double p0, double p1);
 /* dx = dout op'(x), the derivative that of the operation at x: 0 for SIGN, FLOOR, ROUND and where
-** ABS and RELU are not smooth; GELU_GRAD and SILU_GRAD are refused. One float type and shape; dx may
-** be dout or x. */
+** ABS and RELU are not smooth; GELU_GRAD and SILU_GRAD are refused. One float type and shape; dx
+** may be dout or x. */
 int32_t qm_unary_backward(int32_t op, const qm_tensor *dout, const qm_tensor *x,
                           const qm_tensor *dx, double p0, double p1);
 /* out = a op b, float, numpy broadcasting to out's shape; the comparisons give 1 or 0.
@@ -295,8 +295,8 @@ int32_t qm_attention_backward(const qm_tensor *dout, const qm_tensor *q, const q
                               const qm_tensor *cu_q, const qm_tensor *cu_k, const qm_tensor *dq,
                               const qm_tensor *dk, const qm_tensor *dv,
                               const qm_attention_options *options);
-/* Both of a fused projection: qkv and dqkv [R, H + 2 HK, D], in every row the heads of q, of k and of
-** v; out, dout [R, H, D]; cu i32 [S + 1] serves queries and keys. */
+/* Both of a fused projection: qkv and dqkv [R, H + 2 HK, D], in every row the heads of q, of k and
+** of v; out, dout [R, H, D]; cu i32 [S + 1] serves queries and keys. */
 int32_t qm_attention_packed(const qm_tensor *qkv, const qm_tensor *cu, const qm_tensor *out,
                             const qm_tensor *lse, const qm_attention_options *options);
 int32_t qm_attention_packed_backward(const qm_tensor *dout, const qm_tensor *qkv,
