@@ -1,5 +1,6 @@
-/* mpq_bie.h - bitorch-engine's update step, element by element: what its two kernels, which walk
-** columns and blocks of columns, must round alike. T is the moments' type (the direction's, where
+/* mpq_bie.h - bitorch-engine's update step, element by element: what its kernels, which walk
+** columns, blocks of columns and groups, must round alike. T is the moments' type (the
+** direction's, where
 ** no moments are given); every operation is f32's, rounded to T. */
 #ifndef QM_MPQ_BIE_H
 #define QM_MPQ_BIE_H
@@ -22,6 +23,18 @@ QM_INLINE qm_bie_step qm_bie_step_of(const qm_mpq_update_bie_args *args,
   return step;
 }
 
+QM_INLINE float qm_bie_ratio(const qm_bie_step *step, float m, float v) {
+  const int32_t type = step->dtype;
+  const float d = qm_round_to(type, qm_round_to(type, sqrtf(v)) + step->numbers.eps);
+  return qm_round_to(type, m / d);
+}
+/* The direction u of one element, from its moments as they are. */
+QM_INLINE float qm_bie_standing(const qm_bie_step *step, int64_t at) {
+  const qm_mpq_update_bie_args *args = step->args;
+  if (args->exp_avg.data == NULL) return qm_load(args->grad.data, args->grad.dtype, at);
+  return qm_bie_ratio(step, qm_load(args->exp_avg.data, step->dtype, at),
+                      qm_load(args->exp_avg_sq.data, step->dtype, at));
+}
 /* Move the moments of one element; the direction u. */
 QM_INLINE float qm_bie_direction(const qm_bie_step *step, int64_t at) {
   const qm_mpq_update_bie_args *args = step->args;
@@ -36,8 +49,7 @@ QM_INLINE float qm_bie_direction(const qm_bie_step *step, int64_t at) {
   v = qm_round_to(type, v + c->one_minus_beta2 * g * g);
   qm_store(args->exp_avg.data, type, at, m);
   qm_store(args->exp_avg_sq.data, type, at, v);
-  const float d = qm_round_to(type, qm_round_to(type, sqrtf(v)) + c->eps);
-  return qm_round_to(type, m / d);
+  return qm_bie_ratio(step, m, v);
 }
 
 /* The weight as the original unpacks it: a number of the scales' type, then of T. */
@@ -62,17 +74,22 @@ QM_INLINE float qm_bie_mean_term(const qm_bie_step *step, float u, float zero) {
   return step->args->q.asym ? qm_round_to(step->dtype, zero + step->numbers.rate * u) : u;
 }
 
-/* Move group g's zero of column n by the mean. asym: toward zero, wrapping modulo 2^w_bit. */
+/* A group's zero moved by the mean of its terms. asym: toward zero, and may leave the grid. */
+QM_INLINE float qm_bie_moved_zero(const qm_bie_step *step, float zero, double sum, int64_t count) {
+  if (count == 0) return zero;
+  const float mean = qm_round_to(step->dtype, (float)(sum / (double)count));
+  if (!step->args->q.asym) return zero + qm_round_to(step->dtype, step->numbers.rate * mean);
+  return fabsf(mean) < 0x1p62f ? truncf(mean) : zero;
+}
+/* Move group g's zero of column n; a zero point wraps modulo 2^w_bit. */
 QM_INLINE void qm_bie_move_zero(const qm_bie_step *step, int64_t g, int64_t n, double sum,
                                 int64_t count) {
   const qm_mpq_view *q = &step->args->q;
-  if (count == 0) return;
-  const float mean = qm_round_to(step->dtype, (float)(sum / (double)count));
-  if (!q->asym)
-    qm_store(q->zeros.data, q->zeros.dtype, g * q->n + n,
-             qm_mpq_zero(q, g, n) + qm_round_to(step->dtype, step->numbers.rate * mean));
-  else if (fabsf(mean) < 0x1p62f)
-    qm_mpq_set_zero_point(q, g, n, (int64_t)truncf(mean));
+  const float zero = qm_bie_moved_zero(step, qm_mpq_zero(q, g, n), sum, count);
+  if (q->asym)
+    qm_mpq_set_zero_point(q, g, n, (int64_t)zero);
+  else
+    qm_store(q->zeros.data, q->zeros.dtype, g * q->n + n, zero);
 }
 
 #endif

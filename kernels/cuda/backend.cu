@@ -134,6 +134,13 @@ extern "C" __attribute__((visibility("default"))) const qm_backend *qm_backend_e
   kernels->grad_scale = qm_cuda_grad_scale;
   kernels->layer_norm = qm_cuda_layer_norm;
   kernels->layer_norm_backward = qm_cuda_layer_norm_backward;
+  kernels->mpq_dequantize = qm_cuda_mpq_dequantize;
+  kernels->mpq_fit = qm_cuda_mpq_fit;
+  kernels->mpq_pack = qm_cuda_mpq_pack;
+  kernels->mpq_prepare = qm_cuda_mpq_prepare;
+  kernels->mpq_unpack = qm_cuda_mpq_unpack;
+  kernels->mpq_update = qm_cuda_mpq_update;
+  kernels->mpq_update_bie = qm_cuda_mpq_update_bie;
   kernels->permute = qm_cuda_permute;
   kernels->qr = qm_cuda_qr;
   kernels->random = qm_cuda_random;

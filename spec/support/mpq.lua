@@ -42,6 +42,16 @@ local function f32(x)
 end
 M.f32 = f32
 
+---A tensor's bytes; of NaNs, which every machine words in its own way, only that they are NaN.
+function M.canonical(tensor)
+  local near = tensor:to("reference")
+  local values, count = (near.dtype == "f32" and near or near:to("f32")):host()
+  for i = 0, count - 1 do
+    if values[i] ~= values[i] then values[i] = 0 / 0 end
+  end
+  return ffi.string(values, count * 4)
+end
+
 local function multiply(a, b)
   local product = ffi.cast("uint64_t", a) * ffi.cast("uint64_t", b)
   return tonumber(product / 4294967296ULL), tonumber(product % 4294967296ULL)

@@ -1,0 +1,103 @@
+/* mpq_update.cu - one Adam step of a quantized parameter on its fixed grid: the plain kernel.
+**
+** Reference: kernels/reference/mpq_update.c, equal bit for bit.
+** Launch:    a thread owns 32 packed rows of one column: every width, type, shape and address, rows
+**            scattered by g_idx and q_perm. The usual cases go to mpq_update_fused.cu.
+*/
+#include "mpq_step.cuh"
+#include "mpq_update.cuh"
+
+enum { THREADS = 128 };
+
+/* A weight's place, code << bits | residual field. */
+static __device__ uint32_t read_place(const qm_mpq_view &q, const qm_mpq_span &span, int64_t p,
+                                      int64_t n) {
+  const uint32_t code = qm_mpq_field(q.data.data, q.w_bit, q.n, p, n);
+  if (span.bits == 0) return code;
+  return code << span.bits | qm_mpq_field(q.residual.data, span.bits, q.n, p, n);
+}
+
+static __device__ void store_moment(const qm_array &moment, int64_t i, float x, uint32_t random) {
+  if (moment.dtype == QM_BF16)
+    ((uint16_t *)moment.data)[i] = qm_to_bf16_stochastic(x, random);
+  else
+    ((float *)moment.data)[i] = x;
+}
+
+template <bool MOMENTS>
+static __device__ uint32_t update_element(const qm_mpq_update_args &args,
+                                          const qm_adam_numbers &step, const qm_mpq_span &span,
+                                          const qm_mpq_place &place, int64_t p, int64_t n,
+                                          qm_mpq_counts *counts) {
+  const qm_mpq_view &q = args.q;
+  const int64_t at = place.feature * q.n + n;
+  const uint64_t element = (uint64_t)(p * q.n + n);
+  qm_mpq_units<1> units;
+  units.scale[0] = qm_mpq_scale(&q, place.group, n);
+  units.rate[0] = qm_mpq_step_rate(step.rate, units.scale[0]);
+  units.zero[0] = qm_mpq_step_zero(q.asym, units.scale[0], qm_mpq_zero(&q, place.group, n));
+  qm_mpq_row<1> row;
+  const uint32_t before = read_place(q, span, p, n), code = before >> span.bits;
+  row.code[0] = (float)code;
+  row.grad[0] = qm_load(args.grad.data, args.grad.dtype, at);
+  if (MOMENTS) {
+    row.m[0] = qm_load(args.exp_avg.data, args.exp_avg.dtype, at);
+    row.v[0] = qm_load(args.exp_avg_sq.data, args.exp_avg_sq.dtype, at);
+  }
+  row.refused = 0;
+  qm_mpq_direct_careful<1, MOMENTS>(step, units, &row, counts);
+  const bool stochastic = args.options.rounding == QM_ROUND_STOCHASTIC;
+  const qm_noise noise = qm_adam_noise(&step, QM_STREAM_CODES);
+  const uint32_t random = stochastic ? qm_bits(&noise, element) : 0;
+  const bool momentum = args.options.feedback == QM_FEEDBACK_MOMENTUM;
+  const uint32_t after = qm_mpq_round<1>(step, span, units, stochastic, momentum, 0,
+                                         qm_mpq_place_of(before), random, &row, counts) &
+                         0x7FFFFFu;
+  if (MOMENTS && row.refused == 0) {
+    const bool half = args.exp_avg.dtype == QM_BF16;
+    const qm_noise moment_noise = qm_adam_noise(&step, QM_STREAM_EXP_AVG);
+    const uint32_t bits = half ? qm_bits(&moment_noise, element) : 0;
+    store_moment(args.exp_avg, at, row.m[0], qm_exp_avg_bits(bits));
+    store_moment(args.exp_avg_sq, at, row.v[0], qm_exp_avg_sq_bits(bits));
+  }
+  counts->moved += after >> span.bits != code;
+  return after;
+}
+
+template <bool MOMENTS>
+static __global__ __launch_bounds__(THREADS) void mpq_update(
+    const __grid_constant__ qm_mpq_update_args args, const __grid_constant__ qm_adam_source source,
+    const __grid_constant__ qm_mpq_span span, qm_cuda_late *late, int64_t strips) {
+  const qm_adam_numbers step = qm_adam_in_force(&source);
+  if (step.skip) return;
+  const qm_mpq_view &q = args.q;
+  const int64_t stride = (int64_t)gridDim.x * THREADS;
+  qm_mpq_counts counts = {0, 0, 0.0f};
+  for (int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x; i < strips; i += stride) {
+    const int64_t n = i % q.n, first = i / q.n * QM_MPQ_ROWS;
+    qm_mpq_word codes = {q.data.data, q.w_bit, 0}, residual = {q.residual.data, span.bits, 0};
+    for (int64_t p = first; p < first + QM_MPQ_ROWS; p++) {
+      qm_mpq_place place;
+      uint32_t after = 0;
+      if (qm_mpq_locate(q, late, QM_CUDA_OP_mpq_update, p, &place))
+        after = update_element<MOMENTS>(args, step, span, place, p, n, &counts);
+      codes.put(p, n, q.n, after >> span.bits);
+      if (span.bits > 0) residual.put(p, n, q.n, after);
+    }
+  }
+  qm_mpq_add_health((int64_t *)args.health.data, counts, q.k * q.n);
+}
+
+int32_t qm_cuda_mpq_update(void *context, const qm_mpq_update_args *args) {
+  QM_CUDA_ENTER(context);
+  const bool has_moments = args->exp_avg.data != NULL;
+  const qm_adam_source source =
+      qm_adam_source_of(&args->options.adam, args->live.data, args->scale.data, !has_moments);
+  if (!qm_cuda_mpq_update_fused(cuda, args, source)) {
+    const int64_t strips = qm_mpq_strips(args->q);
+    auto *kernel = has_moments ? mpq_update<true> : mpq_update<false>;
+    kernel<<<qm_blocks(cuda, strips, THREADS), THREADS, 0, cuda->compute>>>(
+        *args, source, qm_mpq_span_of(&args->q), cuda->late_device, strips);
+  }
+  return qm_cuda_launched(cuda, "mpq_update");
+}
