@@ -34,6 +34,7 @@ local OPTIONS = {
   { "warmup", 40, "steps until the peak" },
   { "weight_decay", 0.1, "decoupled weight decay", min = 0 },
   { "clip", 1.0, "largest norm of all gradients together", min = 0 },
+  { "show_every", 10, "steps between readings of the loss, for each of which the device is waited for", min = 1 },
   { "eval_every", 100, "steps between evaluations", min = 1 },
   { "save_every", 200, "steps between checkpoints", min = 1 },
   { "dtype", "auto", "type of the activations", choices = { "auto", "f32", "bf16" } },
@@ -88,23 +89,35 @@ local function evaluate()
   return sum / count / data.chars_per_token
 end
 
+-- One step; every batch has its sequences at the same places. A GPU replays a recording of it, which
+-- saves the launches; on the CPU that would only hold memory.
+local sequences = {}
+for i = 0, o.batch do sequences[i + 1] = i * o.context end
+local train = qm.graph(function(tokens, targets)
+  local loss = model:loss(tokens, targets, sequences)
+  loss:backward()
+  optim:clip_grad_norm(o.clip)
+  optim:step()
+  optim:zero_grad()
+  return loss
+end, { eager = qm.default_device().name ~= "cuda" })
+
 -- The training loop.
-local progress = qm.progress.new({ steps = o.steps, tokens_per_step = o.batch * o.context, out = o.out })
-local validation
+local progress = qm.progress.new({ steps = o.steps, tokens_per_step = o.batch * o.context, out = o.out,
+  smoothing = 0.98 ^ o.show_every })
 qm.default_device():reset_peak()
-local started, training_seconds = qm.clock.now(), 0
+local started, training_seconds, validation = qm.clock.now(), 0, nil
 
 for step = first, o.steps do
   local began = qm.clock.now()
-  qm.scope(function() -- everything made inside is released at its end
-    local loss = model:loss(batches:next())
-    loss:backward()
-    optim:clip_grad_norm(o.clip)
-    local report = optim:step()
-    optim:zero_grad()
+  local tokens, targets = batches:next()
+  local loss = train(tokens, targets)
+  if step % o.show_every == 0 or step == first or step == o.steps then -- reading a number waits for the device
+    local report = optim:report()
     progress:update(step, { loss = loss:item() / data.chars_per_token, lr = report.lr, grad_norm = report.grad_norm })
     if report.warning then progress:note(report.warning) end
-  end)
+  end
+  loss:free()
   training_seconds = training_seconds + qm.clock.now() - began
   if step % o.eval_every == 0 or step == o.steps then
     validation = evaluate()
@@ -115,9 +128,9 @@ for step = first, o.steps do
     qm.checkpoints.save(o.out, run)
   end
 end
-progress:finish()
 
 -- The result.
+progress:finish()
 local curve, reason = qm.plot.curves(o.out .. "/loss.png", progress:curves(),
   { title = "Training on " .. o.text, x = "step", y = "nats per character" })
 local function row(name, format, ...) print(("%-34s " .. format):format(name, ...)) end

@@ -75,6 +75,27 @@ describe("qm.adamw", function()
     assert.same({ 1 - 0.125 - 0.125, -2 - 1 + 0.25 }, w:totable())
   end)
 
+  it("gives the reference's bits where nothing is aligned, and nothing at all for nothing", function()
+    local there = { device = "reference" }
+    for _, types in ipairs({ { "f32", "f32" }, { "bf16", "bf16" } }) do
+      for _, case in ipairs({ { 1, 4099 }, { 3, 1 }, { 2, 0 } }) do
+        local first, count = unpack(case)
+        local inputs = {}
+        for i = 1, 4 do inputs[i] = qm.rand({ first + count + 2 }, there, 0.1, 1):to(types[i == 2 and 1 or 2]) end
+        local options = { step = 2, lr = 0.1, seed = 1, parameter = 2 }
+        local expected, actual = testing.both(inputs, function(...)
+          local views = {}
+          for i, tensor in ipairs({ ... }) do views[i] = tensor:narrow(first + 1, count) end
+          qm.adamw(views[1], views[2], views[3], views[4], options)
+          qm.adamw(views[1], views[2], nil, nil, options)
+          local direction = qm.adam_direction(views[2], views[3], views[4], options)
+          return direction, ...
+        end)
+        for i = 1, 5 do testing.assert_equal(expected[i], actual[i]) end
+      end
+    end
+  end)
+
   it("rounds bf16 so that the mean is exact: steps far below half a unit still add up", function()
     -- 4096 weights of 1 step by 1/64 of a bf16 unit (2^-8 below 1), 64 times: 1 unit on average.
     local count, unit = 4096, 2 ^ -8
