@@ -37,36 +37,40 @@ static __device__ __forceinline__ void read_operand(const T *x, int64_t stride, 
   for (int i = 1; i < N; i++) v[i] = v[0];
 }
 
-/* Index is 32 bits wide where that is enough: divisions cost less. */
-template <int N, typename T, typename Index>
+/* Rows are counted in 32 bits: divisions cost less. */
+template <int N, typename A, typename B, typename Out>
 static __global__ void __launch_bounds__(THREADS)
-    same_types(const T *a, const T *b, T *out, layout at, bool packs, int32_t op) {
-  const Index i = (Index)blockIdx.x * THREADS + threadIdx.x;
-  const Index row = i / (Index)at.packs, column = (i - row * (Index)at.packs) * N;
-  if (row >= (Index)at.rows) return;
-  const int64_t left = at.shape[3] - (int64_t)column;
-  int64_t at_a = (int64_t)column * at.stride_a[3], at_b = (int64_t)column * at.stride_b[3];
-  Index rest = row;
+    in_packs(const A *a, const B *b, Out *out, layout at, bool packs, int32_t op) {
+  const int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x;
+  int64_t column = i * N, at_a = 0, at_b = 0, to = column;
+  if (at.rows > 1) {
+    uint32_t rest = (uint32_t)i / (uint32_t)at.packs;
+    if (rest >= (uint32_t)at.rows) return;
+    column = (i - (int64_t)rest * at.packs) * N;
+    to = (int64_t)rest * at.shape[3] + column;
 #pragma unroll
-  for (int dim = 2; dim >= 0; dim--) {
-    if (at.shape[dim] == 1) continue;
-    const Index next = rest / (Index)at.shape[dim];
-    const int64_t index = (int64_t)(rest - next * (Index)at.shape[dim]);
-    at_a += index * at.stride_a[dim];
-    at_b += index * at.stride_b[dim];
-    rest = next;
+    for (int dim = 2; dim >= 0; dim--) {
+      if (at.shape[dim] == 1) continue;
+      const uint32_t next = rest / (uint32_t)at.shape[dim];
+      const int64_t index = (int64_t)(rest - next * (uint32_t)at.shape[dim]);
+      at_a += index * at.stride_a[dim];
+      at_b += index * at.stride_b[dim];
+      rest = next;
+    }
   }
+  const int64_t left = at.shape[3] - column;
+  if (left <= 0) return;
   float x[N], y[N];
   const bool whole = packs && left >= N;
-  read_operand<N>(a + at_a, at.stride_a[3], whole, left, x);
-  read_operand<N>(b + at_b, at.stride_b[3], whole, left, y);
+  read_operand<N>(a + (at_a + column * at.stride_a[3]), at.stride_a[3], whole, left, x);
+  read_operand<N>(b + (at_b + column * at.stride_b[3]), at.stride_b[3], whole, left, y);
 #pragma unroll
   for (int j = 0; j < N; j++) x[j] = binary(op, x[j], y[j]);
-  qm_write<N>(out + ((int64_t)row * at.shape[3] + (int64_t)column), whole, left, x);
+  qm_write<N>(out + to, whole, left, x);
 }
 
 static __global__ void __launch_bounds__(THREADS)
-    mixed_types(const qm_binary_args args, layout at, int64_t count) {
+    one_by_one(const qm_binary_args args, layout at, int64_t count) {
   const int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x;
   if (i >= count) return;
   int64_t rest = i, at_a = 0, at_b = 0;
@@ -101,39 +105,50 @@ static layout join(const qm_binary_args *args) {
   return at;
 }
 
-template <int N, typename T>
+static int32_t launch_each(qm_cuda *cuda, const qm_binary_args *args, const layout &at) {
+  const int64_t count = args->out.count;
+  one_by_one<<<(unsigned)qm_ceil_div(count, THREADS), THREADS, 0, cuda->compute>>>(*args, at,
+                                                                                   count);
+  return qm_cuda_launched(cuda, "binary");
+}
+
+template <typename A, typename B, typename Out>
 static int32_t launch(qm_cuda *cuda, const qm_binary_args *args, layout at) {
-  const T *a = (const T *)args->a.data, *b = (const T *)args->b.data;
-  T *out = (T *)args->out.data;
-  bool packs = qm_packs<N>(a) && qm_packs<N>(b) && qm_packs<N>(out);
-  if (at.rows > 1) packs = packs && at.shape[3] % N == 0;
-  for (int dim = 0; dim < QM_DIMS_MAX - 1; dim++) /* a broadcast value needs no alignment */
-    packs = packs && (at.stride_a[dim] % N == 0 || at.stride_a[3] == 0) &&
-            (at.stride_b[dim] % N == 0 || at.stride_b[3] == 0);
+  constexpr int N = sizeof(A) == 2 && sizeof(B) == 2 && sizeof(Out) == 2 ? 8 : 4;
+  const A *a = (const A *)args->a.data;
+  const B *b = (const B *)args->b.data;
+  Out *out = (Out *)args->out.data;
   at.packs = qm_ceil_div(at.shape[3], N);
-  const int64_t threads = at.packs * at.rows, blocks = qm_ceil_div(threads, THREADS);
-  if (blocks * THREADS * N <= INT32_MAX)
-    same_types<N, T, uint32_t>
-        <<<(unsigned)blocks, THREADS, 0, cuda->compute>>>(a, b, out, at, packs, args->op);
-  else
-    same_types<N, T, uint64_t>
-        <<<(unsigned)blocks, THREADS, 0, cuda->compute>>>(a, b, out, at, packs, args->op);
+  const int64_t blocks = qm_ceil_div(at.packs * at.rows, THREADS);
+  if (at.shape[3] < N || (at.rows > 1 && blocks * THREADS > INT32_MAX))
+    return launch_each(cuda, args, at);
+  /* A value that is stretched along the last dimension needs no alignment. */
+  const bool a_moves = at.stride_a[3] != 0, b_moves = at.stride_b[3] != 0;
+  bool packs = qm_packs<N>(out) && (!a_moves || qm_packs<N>(a)) && (!b_moves || qm_packs<N>(b)) &&
+               (at.rows == 1 || at.shape[3] % N == 0);
+  for (int dim = 0; dim < QM_DIMS_MAX - 1; dim++)
+    packs =
+        packs && (!a_moves || at.stride_a[dim] % N == 0) && (!b_moves || at.stride_b[dim] % N == 0);
+  in_packs<N><<<(unsigned)blocks, THREADS, 0, cuda->compute>>>(a, b, out, at, packs, args->op);
   return qm_cuda_launched(cuda, "binary");
 }
 
 int32_t qm_cuda_binary(void *context, const qm_binary_args *args) {
   QM_CUDA_ENTER(context);
-  const int64_t count = args->out.count;
-  if (count == 0) return QM_OK;
+  if (args->out.count == 0) return QM_OK;
   const layout at = join(args);
-  const int32_t dtype = args->out.dtype;
-  if (args->a.dtype == dtype && args->b.dtype == dtype)
-    return qm_with_float(dtype, [&](auto element) {
-      using T = decltype(element);
-      return at.shape[3] >= qm_width<T> ? launch<qm_width<T>, T>(cuda, args, at)
-                                        : launch<1, T>(cuda, args, at);
-    });
-  mixed_types<<<(unsigned)qm_ceil_div(count, THREADS), THREADS, 0, cuda->compute>>>(*args, at,
-                                                                                    count);
-  return qm_cuda_launched(cuda, "binary");
+  const int32_t a = args->a.dtype, b = args->b.dtype, out = args->out.dtype;
+  const int32_t half = a != QM_F32 ? a : b != QM_F32 ? b : out;
+  return qm_with_float(half, [&](auto element) {
+    using T = decltype(element);
+    const auto fits = [&](bool float_a, bool float_b, bool float_out) {
+      return a == (float_a ? QM_F32 : half) && b == (float_b ? QM_F32 : half) &&
+             out == (float_out ? QM_F32 : half);
+    };
+    if (fits(0, 0, 0)) return launch<T, T, T>(cuda, args, at);
+    if (fits(0, 1, 0)) return launch<T, float, T>(cuda, args, at);
+    if (fits(0, 1, 1)) return launch<T, float, float>(cuda, args, at);
+    if (fits(1, 0, 1)) return launch<float, T, float>(cuda, args, at);
+    return launch_each(cuda, args, at);
+  });
 }

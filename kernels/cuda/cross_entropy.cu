@@ -5,7 +5,7 @@
 ** call that waits says so.
 ** Method:  blocks stay and take row after row. A row is read once: while one is worked on in shared
 **          memory, each thread copies its packs of the next. Rows that do not fit are read twice.
-** Cost:    reads and writes the logits once: memory bound. 13 operations an element for both
+** Cost:    reads and writes the logits once: memory bound. 14 operations an element for both
 ** passes.
 */
 #include "mma.cuh"
@@ -95,7 +95,7 @@ static __global__ void __launch_bounds__(1024)
     }
     if (mine) chosen[turn] = in_packs ? qm_float(((const T *)packs)[inside]) : now.edge;
     row = qm_row_block_join(row, partial[turn]);
-    if (thread == 0) job.loss[r] = counts ? row.loss(chosen[turn]) : 0.0f;
+    if (thread == 0) job.loss[r] = counts ? logf(row.sum) + row.most - chosen[turn] : 0.0f;
     if (job.dlogits == nullptr) continue;
 
     const float each = counts ? scale / row.sum : 0.0f;

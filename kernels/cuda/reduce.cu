@@ -57,16 +57,26 @@ static __device__ __forceinline__ void read_row(const T *x, int64_t first, int64
   if (tail < end) state.one(qm_float(x[tail]), tail);
 }
 
-/* A warp to a row. */
+/* Thread 0 gets the block's whole. */
+template <typename State>
+static __device__ __forceinline__ void block_join(State &state, State *shared) {
+  qm_warp_join(state);
+  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = state;
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  for (int warp = 1; warp < WARPS; warp++) state.join(shared[warp]);
+}
+
+/* `lanes` neighbours to a row, a power of two from 8 to 32. */
 template <typename T, int OP>
 static __global__ void __launch_bounds__(THREADS)
-    short_rows(const T *x, target to, int64_t rows, int64_t length) {
-  const int64_t row = (int64_t)blockIdx.x * WARPS + threadIdx.x / 32;
-  if (row >= rows) return;
+    short_rows(const T *x, target to, int64_t rows, int64_t length, int lanes) {
+  const int64_t row = ((int64_t)blockIdx.x * THREADS + threadIdx.x) / lanes;
+  const int lane = (int)threadIdx.x & (lanes - 1);
   auto state = qm_state_of<OP>::type::none();
-  read_row(x + row * length, 0, length, (int)threadIdx.x % 32, 32, state);
-  qm_warp_join(state);
-  if (threadIdx.x % 32 == 0) finish<OP>(to, row, state);
+  if (row < rows) read_row(x + row * length, 0, length, lane, lanes, state);
+  qm_warp_join(state, lanes);
+  if (lane == 0 && row < rows) finish<OP>(to, row, state);
 }
 
 /* A block to a chunk of a row; partial: [rows, chunks], or NULL where a row is one chunk. */
@@ -80,11 +90,8 @@ static __global__ void __launch_bounds__(THREADS)
   const int64_t end = first + chunk < length ? first + chunk : length;
   State state = State::none();
   read_row(x + row * length, first, end, (int)threadIdx.x, THREADS, state);
-  qm_warp_join(state);
-  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = state;
-  __syncthreads();
+  block_join(state, shared);
   if (threadIdx.x != 0) return;
-  for (int warp = 1; warp < WARPS; warp++) state.join(shared[warp]);
   if (partial == nullptr)
     finish<OP>(to, row, state);
   else
@@ -108,16 +115,24 @@ static __global__ void __launch_bounds__(THREADS)
   for (int c = 0; c < N; c++) states[c] = State::none();
   if (column < inner) {
     const T *at = x + outer * length * inner + column;
-    for (int64_t j = first + warp; j < end; j += UNROLL * WARPS) {
+    int64_t j = first + warp;
+    for (; j + (UNROLL - 1) * WARPS < end; j += UNROLL * WARPS) {
       float v[UNROLL][N];
 #pragma unroll
-      for (int u = 0; u < UNROLL; u++)
-        if (j + u * WARPS < end) qm_read<N>(at + (j + u * WARPS) * inner, N > 1, 1, v[u]);
+      for (int u = 0; u < UNROLL; u++) qm_read<N>(at + (j + u * WARPS) * inner, N > 1, 1, v[u]);
 #pragma unroll
-      for (int u = 0; u < UNROLL; u++)
+      for (int c = 0; c < N; c++) {
+        float column_of[UNROLL];
 #pragma unroll
-        for (int c = 0; c < N; c++)
-          if (j + u * WARPS < end) states[c].one(v[u][c], j + u * WARPS);
+        for (int u = 0; u < UNROLL; u++) column_of[u] = v[u][c];
+        states[c].template pack<UNROLL>(column_of, j, WARPS);
+      }
+    }
+    for (; j < end; j += WARPS) {
+      float v[N];
+      qm_read<N>(at + j * inner, N > 1, 1, v);
+#pragma unroll
+      for (int c = 0; c < N; c++) states[c].one(v[c], j);
     }
   }
 #pragma unroll
@@ -135,24 +150,23 @@ static __global__ void __launch_bounds__(THREADS)
   }
 }
 
-/* Join the chunks of each output, a warp to an output. */
+/* Join the chunks of each output, a block to an output. */
 template <int OP>
 static __global__ void __launch_bounds__(THREADS)
-    join_chunks(const typename qm_state_of<OP>::type *partial, target to, int64_t outputs,
-                int32_t chunks) {
-  const int64_t output = (int64_t)blockIdx.x * WARPS + threadIdx.x / 32;
-  if (output >= outputs) return;
-  auto state = qm_state_of<OP>::type::none();
-  for (int32_t i = (int32_t)threadIdx.x % 32; i < chunks; i += 32)
-    state.join(partial[output * chunks + i]);
-  qm_warp_join(state);
-  if (threadIdx.x % 32 == 0) finish<OP>(to, output, state);
+    join_chunks(const typename qm_state_of<OP>::type *partial, target to, int32_t chunks) {
+  using State = typename qm_state_of<OP>::type;
+  __shared__ State shared[WARPS];
+  State state = State::none();
+  for (int32_t i = (int32_t)threadIdx.x; i < chunks; i += THREADS)
+    state.join(partial[(int64_t)blockIdx.x * chunks + i]);
+  block_join(state, shared);
+  if (threadIdx.x == 0) finish<OP>(to, blockIdx.x, state);
 }
 
 /* Cut `length` so that `units` times the chunks fill the device; chunks are multiples of `step`. */
 static int32_t cut(const qm_cuda *cuda, int64_t units, int64_t length, int64_t step,
                    int64_t *chunk) {
-  const int64_t wanted = qm_ceil_div((int64_t)cuda->multiprocessors * 16, units);
+  const int64_t wanted = qm_ceil_div((int64_t)cuda->multiprocessors * 8, units);
   *chunk = qm_ceil_div(qm_ceil_div(length, wanted), step) * step;
   if (*chunk < step) *chunk = step;
   const int64_t chunks = qm_ceil_div(length, *chunk);
@@ -170,9 +184,11 @@ static int32_t reduce(qm_cuda *cuda, const T *x, const target &to, int64_t outer
   int32_t chunks = 1;
   const bool packs = inner % qm_width<T> == 0 && qm_aligned(x, 16);
   if (inner == 1) {
-    if (length <= 1024 && outer >= cuda->multiprocessors * WARPS / 2) {
-      short_rows<T, OP>
-          <<<(unsigned)qm_ceil_div(outer, WARPS), THREADS, 0, stream>>>(x, to, outer, length);
+    if (length <= 2048 && outer >= cuda->multiprocessors * WARPS / 2) {
+      int lanes = 8; /* two packs to a lane, and a lane for every element at the edges */
+      while (lanes < 32 && lanes * 2 * qm_width<T> < length) lanes *= 2;
+      short_rows<T, OP><<<(unsigned)qm_ceil_div(outer * lanes, THREADS), THREADS, 0, stream>>>(
+          x, to, outer, length, lanes);
       return qm_cuda_launched(cuda, "reduce");
     }
     chunks = cut(cuda, outer, length, 4096, &chunk);
@@ -195,9 +211,7 @@ static int32_t reduce(qm_cuda *cuda, const T *x, const target &to, int64_t outer
   else
     columns<1, T, OP><<<(unsigned)(outer * slabs * chunks), THREADS, 0, stream>>>(
         x, to, partial, length, inner, slabs, chunk, chunks);
-  if (chunks > 1)
-    join_chunks<OP><<<(unsigned)qm_ceil_div(outputs, WARPS), THREADS, 0, stream>>>(partial, to,
-                                                                                   outputs, chunks);
+  if (chunks > 1) join_chunks<OP><<<(unsigned)outputs, THREADS, 0, stream>>>(partial, to, chunks);
   return qm_cuda_launched(cuda, "reduce");
 }
 

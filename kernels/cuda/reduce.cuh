@@ -17,7 +17,7 @@ struct qm_sum_state {
     sum += OP == QM_SQUARES ? (double)x * (double)x : (double)x;
   }
   template <int N>
-  __device__ __forceinline__ void pack(const float (&v)[N], int64_t) {
+  __device__ __forceinline__ void pack(const float (&v)[N], int64_t, int = 1) {
     float part = 0.0f;
 #pragma unroll
     for (int i = 0; i < N; i++) part += OP == QM_SQUARES ? v[i] * v[i] : v[i];
@@ -49,9 +49,9 @@ struct qm_best_state {
     }
   }
   template <int N>
-  __device__ __forceinline__ void pack(const float (&v)[N], int64_t i) {
+  __device__ __forceinline__ void pack(const float (&v)[N], int64_t i, int step = 1) {
 #pragma unroll
-    for (int j = 0; j < N; j++) one(v[j], i + j);
+    for (int j = 0; j < N; j++) one(v[j], i + j * step);
   }
   __device__ __forceinline__ void join(const qm_best_state &other) {
     if (other.at < 0) return;
@@ -84,10 +84,10 @@ struct qm_state_of<QM_ARGMAX> {
   using type = qm_best_state<QM_ARGMAX>;
 };
 
-/* Lane 0 gets the warp's whole. */
+/* The first of every `lanes` neighbours gets what they have; all 32 call. */
 template <typename State>
-__device__ __forceinline__ void qm_warp_join(State &state) {
-  for (int offset = 16; offset > 0; offset /= 2) state.join(state.from_lane(offset));
+__device__ __forceinline__ void qm_warp_join(State &state, int lanes = 32) {
+  for (int offset = lanes / 2; offset > 0; offset /= 2) state.join(state.from_lane(offset));
 }
 
 #endif

@@ -1,14 +1,8 @@
-/* row.cuh - a row's largest value and its sum of exponentials, in one pass (arXiv 1805.02867).
-**
-** Everything is in powers of two: with L = log2(e) rounded to f32, exp(x - m) is taken as
-** 2^(L x - base), base = fl(L m), so that an element costs one fmaf and one ex2.
-*/
+/* row.cuh - a row's largest value and its sum of exponentials, in one pass (arXiv 1805.02867). */
 #ifndef QM_ROW_CUH
 #define QM_ROW_CUH
 
 #include "pack.cuh"
-
-static constexpr float QM_LOG2_E = 1.44269504f;
 
 /* 2^x to 2 ulp; below 2^-126 it is 0. */
 __device__ __forceinline__ float qm_exp2(float x) {
@@ -17,17 +11,13 @@ __device__ __forceinline__ float qm_exp2(float x) {
   return y;
 }
 
-/* sum = sum of 2^(L x - base), base = L times the largest; of nothing, base is minus infinity. */
+/* sum = sum of exp(x - most); of nothing, most is minus infinity. */
 struct qm_row_sum {
-  float base, sum;
+  float most, sum;
   /* Where all are minus infinity, their distance from 0 stands for that from the largest. */
-  __device__ __forceinline__ float shift() const { return base == -INFINITY ? 0.0f : base; }
+  __device__ __forceinline__ float shift() const { return most == -INFINITY ? 0.0f : most; }
   __device__ __forceinline__ float term(float x) const {
-    return qm_exp2(fmaf(x, QM_LOG2_E, -shift()));
-  }
-  /* log of the sum of exp(x) less `chosen`. base belongs to L and not to log2(e). */
-  __device__ __forceinline__ float loss(float chosen) const {
-    return (float)((double)logf(sum) + (double)base * (1.0 / (double)QM_LOG2_E) - (double)chosen);
+    return qm_exp2((x - shift()) * 1.44269504f);
   }
 };
 
@@ -38,10 +28,9 @@ __device__ __forceinline__ void qm_row_add(qm_row_sum &row, const float (&v)[N])
   float most = v[0];
 #pragma unroll
   for (int i = 1; i < N; i++) most = fmaxf(most, v[i]);
-  most *= QM_LOG2_E;
-  if (most > row.base) {
-    row.sum *= qm_exp2(row.base - most);
-    row.base = most;
+  if (most > row.most) {
+    row.sum *= qm_row_sum{most, 0.0f}.term(row.most);
+    row.most = most;
   }
 #pragma unroll
   for (int i = 0; i < N; i++) row.sum += row.term(v[i]);
@@ -49,9 +38,8 @@ __device__ __forceinline__ void qm_row_add(qm_row_sum &row, const float (&v)[N])
 
 /* The warp's whole, in every lane. */
 __device__ __forceinline__ qm_row_sum qm_row_warp_join(qm_row_sum row) {
-  const float base = qm_warp_max(row.base);
-  const qm_row_sum whole = {base, 0.0f};
-  return {base, qm_warp_sum(row.sum * qm_exp2(row.base - whole.shift()))};
+  const qm_row_sum whole = {qm_warp_max(row.most), 0.0f};
+  return {whole.most, qm_warp_sum(row.sum * whole.term(row.most))};
 }
 
 /* The block's whole, in every thread; `partial`, of 32, is written before the barrier and read
