@@ -162,11 +162,16 @@ function Galore:project_back(low_rank)
   check.desc(name, "low_rank", low_rank)
   if not (self.left or self.right) then binding.raise(name .. ": there is no projection yet: project() first") end
   local function fitting(matrix) return matrix.dtype == low_rank.dtype and matrix or matrix:to(low_rank.dtype) end
+  local scale = self.options.scale
+  local mantissa = math.frexp(scale)
+  -- A power of two changes no digit, so that the small matrix can carry it: one pass over the large
+  -- one less. (Not in f16, whose small numbers would lose digits.)
+  local scale_first = scale ~= 1 and math.abs(mantissa) == 0.5 and low_rank.dtype ~= "f16"
   return apart(function()
-    local full = low_rank
+    local full = scale_first and low_rank * scale or low_rank
     if self.left then full = qm.matmul(fitting(self.left), full) end
     if self.right then full = qm.matmul(full, fitting(self.right)) end
-    return self.options.scale == 1 and full or full:mul_(self.options.scale)
+    return (scale_first or scale == 1) and full or full:mul_(scale)
   end)
 end
 

@@ -64,6 +64,16 @@ local function fill_adam(name, adam, q, o)
   return adam
 end
 
+---Check the parameter before a projector or a moment changes. Index tensors on a GPU are read back,
+---which waits: that once, as long as they are the same tensors.
+local seen = setmetatable({}, { __mode = "k" })
+local function validate(q)
+  local last = seen[q]
+  if last and last.g_idx == q.g_idx and last.q_perm == q.q_perm and q.data.device.name:match("^cuda") then return end
+  q:validate()
+  if q.g_idx or q.q_perm then seen[q] = { g_idx = q.g_idx, q_perm = q.q_perm } end
+end
+
 ---The direction in the subspace. The original rounds its moments to nearest, and knows f16 ones.
 local function low_rank_direction(name, low, o, adam)
   local m, v = o.exp_avg_l, o.exp_avg_s
@@ -164,7 +174,7 @@ function M.update(q, options)
   local health = check.optional_desc(name, "health", o.health)
   local grad = o.grad or q.privileged_grad
   if o.projector then
-    q:validate()
+    validate(q)
     full = scopes.guard(projected_direction, name, q, o, adam)
     grad, m, v = full, nil, nil
   end
