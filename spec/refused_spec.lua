@@ -1,5 +1,6 @@
 -- A refused call leaves nothing behind: no tensor made on the way, no half-written gradient.
 local qm = require("quartermoon")
+local testing = require("spec.support.testing")
 
 local i32 = { dtype = "i32" }
 local matrix, row, column = qm.ones({ 2, 3 }), qm.ones({ 3 }), qm.ones({ 3, 1 })
@@ -53,9 +54,17 @@ local function left_by(body, ...)
   return left
 end
 
+-- What only the values say. A device that works on its own finds out when the call has returned.
+local LATE = {}
+for _, what in ipairs({ "an embedding of an unknown token", "a rotation beyond its tables", "attention",
+  "a loss of an unknown class", "a fused loss of an unknown class" }) do
+  LATE[what] = testing.device ~= "cpu" and testing.device ~= "reference"
+end
+
 describe("a refused call", function()
   for what, call in pairs(REFUSED) do
     it("leaves no tensor behind: " .. what, function()
+      if LATE[what] then return testing.assert_refused_late(function() call[1](unpack(call, 2)) end, "", "") end
       assert.equal(0, left_by(function() assert.is_false((pcall(unpack(call)))) end))
     end)
   end

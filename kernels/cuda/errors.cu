@@ -66,6 +66,11 @@ int32_t qm_cuda_late_index(qm_cuda *cuda) {
   qm_cuda_late *late = cuda->late;
   if (late->found == 0) return QM_OK;
   late->found = 0;
+  if (late->operation == QM_CUDA_OP_attention) /* whose only indices are its offsets */
+    return qm_cuda_host->fail(QM_E_ARGUMENT,
+                              "attention: expected offsets ascending from 0 to the number of rows, "
+                              "which entry %lld does not",
+                              -1 - (long long)late->value);
   return qm_cuda_host->fail(QM_E_ARGUMENT, "%s: index %lld is outside 0 .. %lld",
                             operation_names[late->operation], (long long)late->value,
                             (long long)late->limit - 1);

@@ -183,9 +183,12 @@ function Slot:load(numbers, tensors)
   end
   if self.projector and self.projector.load_state then
     local projected = {}
-    for key, tensor in pairs(tensors) do projected[key:match("^projector%.(.*)") or ""] = tensor end
-    projected[""] = nil
+    for key, tensor in pairs(tensors) do
+      local own = key:match("^projector%.(.*)")
+      if own then projected[own] = tensor:to(self.device) end -- which keeps copies
+    end
     self.projector:load_state({ numbers = numbers.projector, tensors = projected })
+    for _, tensor in pairs(projected) do tensor:free() end
   end
 end
 
