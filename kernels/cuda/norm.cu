@@ -1,9 +1,11 @@
 /* norm.cu - rows normalised: RMSNorm (arXiv 1910.07467), LayerNorm (arXiv 1607.06450), forward.
-** A block takes one row at a time, all of it in registers, and keeps the weights there from row to
-** row. Memory bound: x (and the residual) read once, out (and the sum) written once. */
+** A warp or a block takes one row at a time, all of it in registers, and keeps the weights there
+** from
+** row to row. Memory bound: x (and the residual) read once, out (and the sum) written once. */
 #include "norm.cuh"
+#include "pack.cuh"
 
-enum { THREADS_WANTED = 256, BLOCKS_PER_MULTIPROCESSOR = 8 };
+enum { NARROW_ROWS = QM_NORM_THREADS / 32, THREADS_WANTED = 256 };
 
 /* The row's mean and 1 / sqrt(variance + eps), or the root mean square's where not CENTER. */
 template <bool CENTER, int PACKS, int WIDTH>
@@ -29,11 +31,34 @@ static __device__ __forceinline__ float2 statistics(const float (&x)[PACKS][WIDT
   return {mean, 1.0f / sqrtf(squares[0] / columns + eps)};
 }
 
-template <bool CENTER, typename T, int WIDTH, int PACKS>
-static __global__ void __launch_bounds__(QM_NORM_THREADS_MAX) norm(qm_cuda_norm args, int packs) {
-  using pack = qm_pack<T, WIDTH>;
+/* One row as it lies in memory. */
+template <int PACKS>
+struct row_packs {
+  qm_words<4> x[PACKS], residual[PACKS];
+};
+
+template <int PACKS>
+static __device__ __forceinline__ void load(const qm_cuda_norm &args, int64_t r, int packs,
+                                            row_packs<PACKS> &in) {
+#pragma unroll
+  for (int p = 0; p < PACKS; p++) {
+    const int at = threadIdx.x + p * blockDim.x;
+    if (at >= packs) continue;
+    in.x[p] = ((const qm_words<4> *)args.x)[r * packs + at];
+    if (args.sum != NULL) in.residual[p] = ((const qm_words<4> *)args.residual)[r * packs + at];
+  }
+}
+
+/* NARROW: a warp to a row, blockDim.y rows in a block. The next row is on its way while one is
+** worked
+** on, where registers suffice. */
+template <bool CENTER, typename T, int WIDTH, int PACKS, bool NARROW>
+static __global__ void __launch_bounds__(NARROW ? QM_NORM_THREADS : QM_NORM_THREADS_WIDE)
+    norm(qm_cuda_norm args, int packs) {
+  constexpr bool AHEAD = NARROW || PACKS <= 2;
   __shared__ float partial[2][2][32];
   const int first = threadIdx.x, step = blockDim.x;
+  const int64_t rows_step = (int64_t)gridDim.x * blockDim.y;
   float weight[PACKS][WIDTH], bias[PACKS][WIDTH];
 #pragma unroll
   for (int p = 0; p < PACKS; p++)
@@ -43,25 +68,28 @@ static __global__ void __launch_bounds__(QM_NORM_THREADS_MAX) norm(qm_cuda_norm 
       if (CENTER)
         bias[p][i] = args.bias == NULL ? 0.0f : qm_any_float(args.bias, args.weight_dtype, c);
     }
-  int turn = 0;
-  for (int64_t r = blockIdx.x; r < args.rows; r += gridDim.x, turn ^= 1) {
+  int64_t r = (int64_t)blockIdx.x * blockDim.y + threadIdx.y;
+  row_packs<PACKS> in;
+  if (r < args.rows) load(args, r, packs, in);
+  for (int turn = 0; r < args.rows; r += rows_step, turn ^= 1) {
+    row_packs<PACKS> next;
+    const bool more = r + rows_step < args.rows;
+    if (AHEAD && more) load(args, r + rows_step, packs, next);
     const int64_t row = r * packs;
     float x[PACKS][WIDTH];
 #pragma unroll
     for (int p = 0; p < PACKS; p++) {
       const int at = first + p * step;
-      if (at >= packs) {
-        for (int i = 0; i < WIDTH; i++) x[p][i] = 0.0f;
-        continue;
-      }
-      pack in = ((const pack *)args.x)[row + at];
-      if (args.sum != NULL) {
-        const pack other = ((const pack *)args.residual)[row + at];
-        for (int i = 0; i < WIDTH; i++)
-          in.at[i] = qm_as<T>(qm_float(in.at[i]) + qm_float(other.at[i]));
-        ((pack *)args.sum)[row + at] = in;
-      }
-      for (int i = 0; i < WIDTH; i++) x[p][i] = qm_float(in.at[i]);
+      for (int i = 0; i < WIDTH; i++) x[p][i] = 0.0f;
+      if (at >= packs) continue;
+      qm_unpack<T>(in.x[p], x[p]);
+      if (args.sum == NULL) continue;
+      float residual[WIDTH];
+      qm_unpack<T>(in.residual[p], residual);
+      for (int i = 0; i < WIDTH; i++) x[p][i] += residual[i];
+      const qm_words<4> sum = qm_repack<T, 4>(x[p]);
+      ((qm_words<4> *)args.sum)[row + at] = sum;
+      qm_unpack<T>(sum, x[p]); /* rounded, as later readers see it */
     }
     const float2 at_row =
         statistics<CENTER>(x, packs, (float)args.columns, args.eps, partial[turn]);
@@ -72,13 +100,15 @@ static __global__ void __launch_bounds__(QM_NORM_THREADS_MAX) norm(qm_cuda_norm 
 #pragma unroll
     for (int p = 0; p < PACKS; p++) {
       if (first + p * step >= packs) continue;
-      pack out;
+      float out[WIDTH];
       for (int i = 0; i < WIDTH; i++) {
         const float y = (CENTER ? x[p][i] - at_row.x : x[p][i]) * at_row.y;
-        out.at[i] = qm_as<T>(CENTER ? fmaf(y, weight[p][i], bias[p][i]) : y * weight[p][i]);
+        out[i] = CENTER ? fmaf(y, weight[p][i], bias[p][i]) : y * weight[p][i];
       }
-      ((pack *)args.out)[row + first + p * step] = out;
+      ((qm_words<4> *)args.out)[row + first + p * step] = qm_repack<T, 4>(out);
     }
+    if (AHEAD && more) in = next;
+    if (!AHEAD && more) load(args, r + rows_step, packs, in);
   }
 }
 
@@ -119,20 +149,36 @@ static __global__ void norm_any(qm_cuda_norm args) {
   }
 }
 
+template <bool CENTER, typename T, int PACKS, bool NARROW>
+static void launch_shape(qm_cuda *cuda, const qm_cuda_norm *args, const qm_norm_shape &shape) {
+  const auto kernel = norm<CENTER, T, 16 / sizeof(T), PACKS, NARROW>;
+  const unsigned blocks = qm_norm_blocks(cuda, kernel, args->rows, shape);
+  const dim3 block((unsigned)shape.threads, (unsigned)shape.rows);
+  kernel<<<blocks, block, 0, cuda->compute>>>(*args, shape.packs);
+}
+
 template <bool CENTER, typename T>
 static void launch(qm_cuda *cuda, const qm_cuda_norm *args) {
-  constexpr int WIDTH = 16 / sizeof(T);
   const bool aligned = qm_aligned(args->x, 16) && qm_aligned(args->residual, 16) &&
                        qm_aligned(args->sum, 16) && qm_aligned(args->out, 16);
-  const qm_norm_shape shape = qm_norm_shape_of(args->columns, WIDTH, aligned, THREADS_WANTED, 4);
-  const int32_t resident = 256 * BLOCKS_PER_MULTIPROCESSOR / shape.threads;
-  const unsigned blocks = qm_blocks(cuda, args->rows, 1, resident < 1 ? 1 : resident);
-  const int packs = shape.packs, threads = shape.threads;
-  switch (shape.per_thread) {
-    case 0: norm_any<CENTER, T><<<blocks, threads, 0, cuda->compute>>>(*args); break;
-    case 1: norm<CENTER, T, WIDTH, 1><<<blocks, threads, 0, cuda->compute>>>(*args, packs); break;
-    case 2: norm<CENTER, T, WIDTH, 2><<<blocks, threads, 0, cuda->compute>>>(*args, packs); break;
-    default: norm<CENTER, T, WIDTH, 4><<<blocks, threads, 0, cuda->compute>>>(*args, packs);
+  const qm_norm_shape shape = qm_norm_shape_of(args->columns, 16 / sizeof(T), aligned, NARROW_ROWS,
+                                               THREADS_WANTED, CENTER ? 2 : 4);
+  if (shape.per_thread == 0) {
+    const unsigned blocks = qm_blocks(cuda, args->rows, 1, 8);
+    norm_any<CENTER, T><<<blocks, shape.threads, 0, cuda->compute>>>(*args);
+  } else if (shape.threads == 32) {
+    switch (shape.per_thread) {
+      case 1: return launch_shape<CENTER, T, 1, true>(cuda, args, shape);
+      case 2: return launch_shape<CENTER, T, 2, true>(cuda, args, shape);
+      case 3: return launch_shape<CENTER, T, 3, true>(cuda, args, shape);
+      default: return launch_shape<CENTER, T, 4, true>(cuda, args, shape);
+    }
+  } else {
+    switch (shape.per_thread) {
+      case 1: return launch_shape<CENTER, T, 1, false>(cuda, args, shape);
+      case 2: return launch_shape<CENTER, T, 2, false>(cuda, args, shape);
+      default: return launch_shape < CENTER, T, CENTER ? 2 : 4, false > (cuda, args, shape);
+    }
   }
 }
 

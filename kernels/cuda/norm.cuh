@@ -52,23 +52,39 @@ __device__ __forceinline__ float qm_any_float(const void *data, int32_t dtype, i
   return qm_float(((const __half *)data)[i]);
 }
 
-enum { QM_NORM_THREADS_MAX = 512 };
-
-/* How a block holds a row: `packs` of `width` elements, `per_thread` of them to each thread; 0: the
-** row is too long or not aligned, and is read again each time it is needed. */
+/* How a block holds its rows, `rows` of them at a time: each as `packs` of one access, `per_thread`
+** (1 to 4) of them in each of `threads` threads. Narrow rows have a warp each, which needs no
+** barrier; a wide row has the block. per_thread 0: the row is too long or not aligned, and is read
+** again each time it is needed. */
 typedef struct qm_norm_shape {
-  int32_t packs, per_thread, threads;
+  int32_t packs, per_thread, threads, rows;
 } qm_norm_shape;
 
+enum { QM_NORM_NARROW = 4 * 32, QM_NORM_THREADS = 128, QM_NORM_THREADS_WIDE = 512 };
+
 static inline qm_norm_shape qm_norm_shape_of(int64_t columns, int64_t width, bool aligned,
-                                             int64_t threads_wanted, int32_t per_thread_max) {
+                                             int32_t narrow_rows, int64_t threads_wanted,
+                                             int32_t per_thread_max) {
   const int64_t packs = columns / width;
+  if (!aligned || columns % width != 0 || packs == 0) return {0, 0, 256, 1};
+  if (packs <= QM_NORM_NARROW)
+    return {(int32_t)packs, (int32_t)qm_ceil_div(packs, 32), 32, narrow_rows};
   int32_t per_thread = 1;
   while (per_thread < per_thread_max && packs > per_thread * threads_wanted) per_thread *= 2;
   const int64_t threads = qm_ceil_div(qm_ceil_div(packs, per_thread), 32) * 32;
-  if (!aligned || columns % width != 0 || packs == 0 || threads > QM_NORM_THREADS_MAX)
-    return {0, 0, 256};
-  return {(int32_t)packs, per_thread, (int32_t)threads};
+  if (threads > QM_NORM_THREADS_WIDE) return {0, 0, 256, 1};
+  return {(int32_t)packs, per_thread, (int32_t)threads, 1};
+}
+
+/* Blocks that walk all rows and are resident at once. */
+template <typename Kernel>
+static inline unsigned qm_norm_blocks(const qm_cuda *cuda, Kernel kernel, int64_t rows,
+                                      const qm_norm_shape &shape) {
+  int resident = 0;
+  const cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(
+      &resident, kernel, shape.threads * shape.rows, 0);
+  if (error != cudaSuccess || resident < 1) resident = 1;
+  return qm_blocks(cuda, rows, shape.rows, resident);
 }
 
 #endif

@@ -1,18 +1,65 @@
-/* norm_backward.cu - gradients of norm.cu, a block to a row, the row in registers.
+/* norm_backward.cu - gradients of norm.cu, a warp or a block to a row, the row in registers.
 ** y = (x - mean) rstd, g = dout weight: dx = rstd (g - mean(g) - y mean(g y)) + dsum, without
 ** mean(g) where the row is not centred. dweight += dout y and dbias += dout over the rows: every
 ** block sums its own rows in registers, then column_sums adds the blocks' sums in their order. */
 #include "norm.cuh"
+#include "pack.cuh"
 
-enum { THREADS_WANTED = 512, THREADS_RESIDENT = 1024, COLUMNS = 32, STRIPES = 32 };
+enum { NARROW_ROWS = 2, THREADS_WANTED = 512, COLUMNS = 32, STRIPES = 32 };
 
-/* Block b's sums are row b of `sums` [2, blocks, columns]: dweight's, then dbias's. */
-template <bool CENTER, typename T, int WIDTH, int PACKS>
-static __global__ void __launch_bounds__(QM_NORM_THREADS_MAX)
+/* One row as it lies in memory, and its statistics. */
+template <int PACKS>
+struct row_packs {
+  qm_words<4> dout[PACKS], x[PACKS], dsum[PACKS];
+  float rstd, mean;
+};
+
+template <bool CENTER, int PACKS>
+static __device__ __forceinline__ void load(const qm_cuda_norm_backward &args, int64_t r, int packs,
+                                            row_packs<PACKS> &in) {
+  using pack = qm_words<4>;
+  in.rstd = args.rstd[r];
+  in.mean = CENTER ? args.mean[r] : 0.0f;
+#pragma unroll
+  for (int p = 0; p < PACKS; p++) {
+    const int at = threadIdx.x + p * blockDim.x;
+    if (at >= packs) continue;
+    in.dout[p] = ((const pack *)args.dout)[r * packs + at];
+    in.x[p] = ((const pack *)args.x)[r * packs + at];
+    if (args.dsum != NULL) in.dsum[p] = ((const pack *)args.dsum)[r * packs + at];
+  }
+}
+
+/* One thread's part of its block's sums to sums (or added to what is there), 16 bytes at a time. */
+template <int PACKS, int WIDTH>
+static __device__ __forceinline__ void put(const float (&x)[PACKS][WIDTH], int packs, bool add,
+                                           float *sums) {
+  using four = qm_pack<float, 4>;
+#pragma unroll
+  for (int p = 0; p < PACKS; p++) {
+    const int at = threadIdx.x + p * blockDim.x;
+    if (at >= packs) continue;
+#pragma unroll
+    for (int i = 0; i < WIDTH; i += 4) {
+      four *place = (four *)(sums + (int64_t)at * WIDTH + i);
+      four sum = {{x[p][i], x[p][i + 1], x[p][i + 2], x[p][i + 3]}};
+      if (add)
+        for (int k = 0; k < 4; k++) sum.at[k] += place->at[k];
+      *place = sum;
+    }
+  }
+}
+
+/* Block b's sums are row b of `sums` [2, blocks, columns]: dweight's, then dbias's. NARROW: a warp
+** to
+** a row, blockDim.y rows in a block. The next row is on its way while one is worked on. */
+template <bool CENTER, typename T, int WIDTH, int PACKS, bool NARROW>
+static __global__ void __launch_bounds__(NARROW ? QM_NORM_THREADS : QM_NORM_THREADS_WIDE)
     norm_backward(qm_cuda_norm_backward args, int packs, float *sums) {
-  using pack = qm_pack<T, WIDTH>;
+  constexpr bool AHEAD = NARROW || PACKS == 1;
   __shared__ float partial[2][2][32];
   const int first = threadIdx.x, step = blockDim.x;
+  const int64_t rows_step = (int64_t)gridDim.x * blockDim.y;
   const float columns = (float)args.columns;
   float weight[PACKS][WIDTH], dweight[PACKS][WIDTH], dbias[PACKS][WIDTH];
 #pragma unroll
@@ -23,61 +70,61 @@ static __global__ void __launch_bounds__(QM_NORM_THREADS_MAX)
       if (at < packs)
         weight[p][i] = qm_any_float(args.weight, args.weight_dtype, (int64_t)at * WIDTH + i);
     }
-  int turn = 0;
-  for (int64_t r = blockIdx.x; r < args.rows; r += gridDim.x, turn ^= 1) {
-    const int64_t row = r * packs;
-    const float rstd = args.rstd[r], mean = CENTER ? args.mean[r] : 0.0f;
-    pack dout[PACKS], x[PACKS], dsum[PACKS];
-    float means[2] = {0.0f, 0.0f}; /* of g y and of g */
-#pragma unroll
-    for (int p = 0; p < PACKS; p++) {
-      const int at = first + p * step;
-      if (at >= packs) continue;
-      dout[p] = ((const pack *)args.dout)[row + at];
-      x[p] = ((const pack *)args.x)[row + at];
-      if (args.dsum != NULL) dsum[p] = ((const pack *)args.dsum)[row + at];
-    }
-#pragma unroll
-    for (int p = 0; p < PACKS; p++)
-      for (int i = 0; i < WIDTH && first + p * step < packs; i++) {
-        const float d = qm_float(dout[p].at[i]), y = (qm_float(x[p].at[i]) - mean) * rstd;
-        const float g = d * weight[p][i];
-        means[0] = fmaf(g, y, means[0]);
-        means[1] += g;
-        dweight[p][i] = fmaf(d, y, dweight[p][i]);
-        if (CENTER) dbias[p][i] += d;
-      }
-    if (CENTER) {
-      qm_block_sums(means, partial[turn]);
-    } else {
-      float first_mean[1] = {means[0]};
-      qm_block_sums(first_mean, partial[turn]);
-      means[0] = first_mean[0];
-    }
-    const float mean_gy = means[0] / columns, mean_g = CENTER ? means[1] / columns : 0.0f;
+  int64_t r = (int64_t)blockIdx.x * blockDim.y + threadIdx.y;
+  row_packs<PACKS> in;
+  if (r < args.rows) load<CENTER>(args, r, packs, in);
+  for (int turn = 0; r < args.rows; r += rows_step, turn ^= 1) {
+    row_packs<PACKS> next;
+    const bool more = r + rows_step < args.rows;
+    if (AHEAD && more) load<CENTER>(args, r + rows_step, packs, next);
+    float means[CENTER ? 2 : 1] = {}; /* of g y and of g */
 #pragma unroll
     for (int p = 0; p < PACKS; p++) {
       if (first + p * step >= packs) continue;
-      pack out;
+      float dout[WIDTH], x[WIDTH];
+      qm_unpack<T>(in.dout[p], dout);
+      qm_unpack<T>(in.x[p], x);
+#pragma unroll
       for (int i = 0; i < WIDTH; i++) {
-        const float g = qm_float(dout[p].at[i]) * weight[p][i];
-        const float y = (qm_float(x[p].at[i]) - mean) * rstd;
-        float dx = rstd * (fmaf(-y, mean_gy, g) - mean_g);
-        if (args.dsum != NULL) dx += qm_float(dsum[p].at[i]);
-        out.at[i] = qm_as<T>(dx);
+        const float d = dout[i], g = d * weight[p][i], y = (x[i] - in.mean) * in.rstd;
+        means[0] = fmaf(g, y, means[0]);
+        dweight[p][i] = fmaf(d, y, dweight[p][i]);
+        if constexpr (CENTER) {
+          means[1] += g;
+          dbias[p][i] += d;
+        }
       }
-      ((pack *)args.dx)[row + first + p * step] = out;
     }
+    qm_block_sums(means, partial[turn]);
+    const float mean_gy = means[0] / columns;
+    float mean_g = 0.0f;
+    if constexpr (CENTER) mean_g = means[1] / columns;
+#pragma unroll
+    for (int p = 0; p < PACKS; p++) {
+      if (first + p * step >= packs) continue;
+      float dout[WIDTH], x[WIDTH], dsum[WIDTH] = {};
+      qm_unpack<T>(in.dout[p], dout);
+      qm_unpack<T>(in.x[p], x);
+      if (args.dsum != NULL) qm_unpack<T>(in.dsum[p], dsum);
+#pragma unroll
+      for (int i = 0; i < WIDTH; i++) {
+        const float g = dout[i] * weight[p][i], y = (x[i] - in.mean) * in.rstd;
+        x[i] = in.rstd * (fmaf(-y, mean_gy, g) - mean_g) + dsum[i];
+      }
+      ((qm_words<4> *)args.dx)[r * packs + first + p * step] = qm_repack<T, 4>(x);
+    }
+    if (AHEAD && more) in = next;
+    if (!AHEAD && more) load<CENTER>(args, r + rows_step, packs, in);
   }
   if (sums == NULL) return;
-  const int64_t second = (int64_t)gridDim.x * args.columns;
-#pragma unroll
-  for (int p = 0; p < PACKS; p++)
-    for (int i = 0; i < WIDTH && first + p * step < packs; i++) {
-      const int64_t at = blockIdx.x * args.columns + (int64_t)(first + p * step) * WIDTH + i;
-      sums[at] = dweight[p][i];
-      if (CENTER) sums[second + at] = dbias[p][i];
+  sums += blockIdx.x * args.columns;
+  for (int y = 0; y < (int)blockDim.y; y++) { /* the block's rows by turns, in order */
+    if (y == (int)threadIdx.y) {
+      put(dweight, packs, y > 0, sums);
+      if (CENTER) put(dbias, packs, y > 0, sums + (int64_t)gridDim.x * args.columns);
     }
+    __syncthreads();
+  }
 }
 
 /* Rows of any length and alignment, an element at a time; the block's sums gather in memory. */
@@ -133,34 +180,60 @@ static __global__ void column_sums(const float *sums, int rows, int64_t columns,
   out[c] += sum;
 }
 
-template <bool CENTER, typename T>
-static int32_t launch(qm_cuda *cuda, const qm_cuda_norm_backward *args) {
-  constexpr int WIDTH = 16 / sizeof(T);
-  const bool aligned = qm_aligned(args->dout, 16) && qm_aligned(args->x, 16) &&
-                       qm_aligned(args->dsum, 16) && qm_aligned(args->dx, 16);
-  const qm_norm_shape shape = qm_norm_shape_of(args->columns, WIDTH, aligned, THREADS_WANTED, 2);
-  const int32_t resident = THREADS_RESIDENT / shape.threads;
-  const unsigned blocks = qm_blocks(cuda, args->rows, 1, resident < 1 ? 1 : resident);
-  const int packs = shape.packs, threads = shape.threads;
-  float *sums = NULL;
-  if (args->dweight != NULL || args->dbias != NULL) {
-    const int64_t bytes = (int64_t)sizeof(float) * 2 * blocks * args->columns;
-    if (const int32_t status = qm_cuda_scratch(cuda, bytes, (void **)&sums)) return status;
-  }
-  switch (shape.per_thread) {
-    case 0: norm_backward_any<CENTER, T><<<blocks, threads, 0, cuda->compute>>>(*args, sums); break;
-    case 1:
-      norm_backward<CENTER, T, WIDTH, 1><<<blocks, threads, 0, cuda->compute>>>(*args, packs, sums);
-      break;
-    default:
-      norm_backward<CENTER, T, WIDTH, 2><<<blocks, threads, 0, cuda->compute>>>(*args, packs, sums);
-  }
+static int32_t take_sums(qm_cuda *cuda, const qm_cuda_norm_backward *args, unsigned blocks,
+                         float **sums) {
+  *sums = NULL;
+  if (args->dweight == NULL && args->dbias == NULL) return QM_OK;
+  return qm_cuda_scratch(cuda, (int64_t)sizeof(float) * 2 * blocks * args->columns, (void **)sums);
+}
+
+static int32_t add_sums(qm_cuda *cuda, const qm_cuda_norm_backward *args, unsigned blocks,
+                        const float *sums) {
   const int32_t status = qm_cuda_launched(cuda, args->name);
   if (status != QM_OK || sums == NULL || args->columns == 0) return status;
-  const dim3 grid((unsigned)qm_ceil_div(args->columns, COLUMNS), CENTER ? 2 : 1);
+  const dim3 grid((unsigned)qm_ceil_div(args->columns, COLUMNS), args->dbias != NULL ? 2 : 1);
   column_sums<<<grid, dim3(COLUMNS, STRIPES), 0, cuda->compute>>>(sums, (int)blocks, args->columns,
                                                                   args->dweight, args->dbias);
   return qm_cuda_launched(cuda, args->name);
+}
+
+template <bool CENTER, typename T, int PACKS, bool NARROW>
+static int32_t launch_shape(qm_cuda *cuda, const qm_cuda_norm_backward *args,
+                            const qm_norm_shape &shape) {
+  const auto kernel = norm_backward<CENTER, T, 16 / sizeof(T), PACKS, NARROW>;
+  const unsigned blocks = qm_norm_blocks(cuda, kernel, args->rows, shape);
+  const dim3 block((unsigned)shape.threads, (unsigned)shape.rows);
+  float *sums;
+  if (const int32_t status = take_sums(cuda, args, blocks, &sums)) return status;
+  kernel<<<blocks, block, 0, cuda->compute>>>(*args, shape.packs, sums);
+  return add_sums(cuda, args, blocks, sums);
+}
+
+template <bool CENTER, typename T>
+static int32_t launch_any(qm_cuda *cuda, const qm_cuda_norm_backward *args) {
+  const unsigned blocks = qm_blocks(cuda, args->rows, 1, 4);
+  float *sums;
+  if (const int32_t status = take_sums(cuda, args, blocks, &sums)) return status;
+  norm_backward_any<CENTER, T><<<blocks, 256, 0, cuda->compute>>>(*args, sums);
+  return add_sums(cuda, args, blocks, sums);
+}
+
+template <bool CENTER, typename T>
+static int32_t launch(qm_cuda *cuda, const qm_cuda_norm_backward *args) {
+  const bool aligned = qm_aligned(args->dout, 16) && qm_aligned(args->x, 16) &&
+                       qm_aligned(args->dsum, 16) && qm_aligned(args->dx, 16);
+  const qm_norm_shape shape =
+      qm_norm_shape_of(args->columns, 16 / sizeof(T), aligned, NARROW_ROWS, THREADS_WANTED, 2);
+  if (shape.per_thread == 0) return launch_any<CENTER, T>(cuda, args);
+  if (shape.threads != 32)
+    return shape.per_thread == 1 ? launch_shape<CENTER, T, 1, false>(cuda, args, shape)
+                                 : launch_shape<CENTER, T, 2, false>(cuda, args, shape);
+  switch (shape.per_thread) {
+    case 1: return launch_shape<CENTER, T, 1, true>(cuda, args, shape);
+    case 2: return launch_shape<CENTER, T, 2, true>(cuda, args, shape);
+    case 3: return launch_shape<CENTER, T, 3, true>(cuda, args, shape);
+    default: return launch_shape<CENTER, T, 4, true>(cuda, args, shape);
+  }
 }
 
 int32_t qm_cuda_norm_backward_run(qm_cuda *cuda, const qm_cuda_norm_backward *args) {
