@@ -7,7 +7,6 @@
 local binding = require("quartermoon.ffi")
 local files = require("quartermoon.files")
 local tensors = require("quartermoon.tensor")
-local split = require("quartermoon.tokenizer.split")
 
 local M = {}
 
@@ -42,15 +41,18 @@ local function encode_part(self, text, last)
   while delimiter do
     local from, to = text:find(delimiter, at, true)
     if not from then break end
-    local count = tokenizer:encode_into(text:sub(at, from - 1), self.buffer, 0)
-    self.buffer[count] = self.end_id
+    local count = tokenizer:encode_into(text:sub(at, from - 1), self.buffer, 0, self.goes_on)
+    self.buffer[count], self.goes_on = self.end_id, false
     self.put(self.buffer, count + 1)
     at = to + 1
   end
   local rest = text:sub(at)
   -- Half a delimiter may stand at the end, and a piece ends for certain only before white space.
-  local cut = last and #rest or split.safe_end(rest:sub(1, #rest - (delimiter and #delimiter - 1 or 0)))
-  if cut > 0 then self.put(self.buffer, tokenizer:encode_into(rest:sub(1, cut), self.buffer, 0)) end
+  local cut = last and #rest or tokenizer:safe_end(rest:sub(1, #rest - (delimiter and #delimiter - 1 or 0)))
+  if cut > 0 then
+    self.put(self.buffer, tokenizer:encode_into(rest:sub(1, cut), self.buffer, 0, self.goes_on))
+    self.goes_on = true
+  end
   return rest:sub(cut + 1)
 end
 

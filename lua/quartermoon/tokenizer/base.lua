@@ -5,6 +5,7 @@ local binding = require("quartermoon.ffi")
 local check = require("quartermoon.check")
 local files = require("quartermoon.files")
 local tensors = require("quartermoon.tensor")
+local split = require("quartermoon.tokenizer.split")
 
 ---@class qm.Tokenizer
 ---@field kind string         "byte" or "bpe"
@@ -35,6 +36,13 @@ function Base.check_into(text, buffer, at)
   local name = "tokenizer:encode_into"
   check.type(name, "text", text, "string")
   tensors.check_buffer(name, buffer, check.integer(name, "at", at, 0) + #text)
+end
+
+---The last place up to which text may be encoded on its own, the rest with `goes_on`. 0: none.
+---@param text string
+function Base.safe_end(_, text)
+  check.type("tokenizer:safe_end", "text", text, "string")
+  return split.safe_end(text)
 end
 
 ---Text as token ids.

@@ -4,11 +4,14 @@
 ---    tokenizer:decode(tokenizer:encode("In the beginning"))  --> "In the beginning"
 ---    tokenizer:save("tokenizer.json")
 
+local cjson = require("cjson")
 local binding = require("quartermoon.ffi")
 local check = require("quartermoon.check")
 local files = require("quartermoon.files")
 local bpe = require("quartermoon.tokenizer.bpe")
 local byte = require("quartermoon.tokenizer.byte")
+local hf = require("quartermoon.tokenizer.hf")
+local sentencepiece = require("quartermoon.tokenizer.sentencepiece")
 local train = require("quartermoon.tokenizer.train")
 
 local M = {}
@@ -48,21 +51,37 @@ function M.train_bpe(text, options)
   return bpe.new(name, merges, options.specials)
 end
 
----Read what tokenizer:save wrote.
+---Read a tokenizer: what tokenizer:save wrote, the tokenizer.json of a model folder, a SentencePiece
+---tokenizer.model, or the folder that holds one of these.
 ---@param path string
 ---@return qm.Tokenizer
 ---@raise when the file is missing or not in order, naming it
 function M.load(path)
   local name = "qm.tokenizer.load"
   check.type(name, "path", path, "string")
-  local saved, reason = files.read_json(path)
-  if not saved then binding.raise(name .. ": " .. reason) end
-  if type(saved) ~= "table" or saved.format ~= "quartermoon-tokenizer" or saved.version ~= 1 then
-    binding.raise(name .. ": " .. path .. ": not a tokenizer file of version 1")
+  for _, file in ipairs({ "tokenizer.json", "tokenizer.model" }) do
+    if files.exists(path .. "/" .. file) then
+      path = path .. "/" .. file
+      break
+    end
   end
-  if saved.kind == "byte" then return byte.new(name .. ": " .. path, saved.specials) end
-  if saved.kind == "bpe" then return bpe.new(name .. ": " .. path, saved.merges, saved.specials) end
-  binding.raise(("%s: %s: unknown kind '%s'"):format(name, path, tostring(saved.kind)))
+  local text, reason = files.read(path)
+  if not text then binding.raise(name .. ": " .. reason) end
+  local function build()
+    if path:find("%.model$") then return hf.new(sentencepiece.convert(text)) end
+    local saved = cjson.decode(text)
+    if type(saved) == "table" and type(saved.model) == "table" then return hf.new(text, saved) end
+    if type(saved) ~= "table" or saved.format ~= "quartermoon-tokenizer" or saved.version ~= 1 then
+      error("not a tokenizer file of version 1, and no tokenizer.json", 0)
+    end
+    if saved.kind == "byte" then return byte.new(name .. ": " .. path, saved.specials) end
+    if saved.kind == "bpe" then return bpe.new(name .. ": " .. path, saved.merges, saved.specials) end
+    error(("unknown kind '%s'"):format(tostring(saved.kind)), 0)
+  end
+  local ok, result = pcall(build)
+  if ok then return result end
+  if result:find(path, 1, true) then error(result, 0) end
+  binding.raise(name .. ": " .. path .. ": " .. result)
 end
 
 return M
