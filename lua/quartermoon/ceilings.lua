@@ -1,6 +1,7 @@
 ---What a device can do at most, measured: the yardsticks that a kernel's speed is held against.
 
 local autograd = require("quartermoon.autograd")
+local check = require("quartermoon.check")
 local clock = require("quartermoon.clock")
 local devices = require("quartermoon.device")
 local random = require("quartermoon.random")
@@ -16,7 +17,10 @@ local M = {}
 ---@param repeats integer|nil  default 5
 ---@return number seconds
 function M.time(device, body, calls, repeats)
-  calls, repeats = calls or 10, repeats or 5
+  local name = "qm.ceilings.time"
+  device = devices.resolve(name, device)
+  check.type(name, "body", body, "function")
+  calls, repeats = check.integer(name, "calls", calls or 10, 1), check.integer(name, "repeats", repeats or 5, 1)
   for i = 1, math.min(calls, 3) do body(i) end
   device:sync()
   local times = {}
