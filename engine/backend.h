@@ -153,7 +153,8 @@ typedef struct qm_attention_backward_args {
 typedef struct qm_cross_entropy_args {
   qm_array logits, targets, factor, loss, dlogits;
   int64_t rows, columns;
-  double scale; /* of dlogits, as is *factor where it is given */
+  int64_t classes; /* columns that targets may name; those behind hold minus infinity */
+  double scale;    /* of dlogits, as is *factor where it is given */
   int32_t ignore_index;
 } qm_cross_entropy_args;
 

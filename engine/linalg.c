@@ -27,11 +27,11 @@ int32_t qm_gemm(const qm_tensor *a, const qm_tensor *b, const qm_tensor *out, in
 }
 
 int32_t qm_linear(const qm_tensor *x, const qm_tensor *weight, const qm_tensor *bias,
-                  const qm_tensor *out) {
+                  const qm_tensor *out, int32_t transposed) {
   qm__call call = qm__begin("qm_linear");
-  qm_gemm_args args = {.batch = 1, .alpha = 1.0};
+  qm_gemm_args args = {.batch = 1, .alpha = 1.0, .trans_b = transposed != 0};
   qm__operand(&call, "x", x, "float [M, K]", QM__READ, &args.a);
-  qm__operand(&call, "weight", weight, "=x [K, N]", QM__READ, &args.b);
+  qm__operand(&call, "weight", weight, transposed ? "=x [N, K]" : "=x [K, N]", QM__READ, &args.b);
   if (bias != NULL) qm__operand(&call, "bias", bias, "float [N]", QM__READ, &args.bias);
   qm__operand(&call, "out", out, "float [M, N]", QM__WRITE, &args.out);
   args.m = qm__size(&call, "M");

@@ -233,10 +233,10 @@ int32_t qm_softmax(const qm_tensor *x, const qm_tensor *out);
 ** with one leading batch dimension each. a and b of one float type; out float. f32 accumulation. */
 int32_t qm_gemm(const qm_tensor *a, const qm_tensor *b, const qm_tensor *out, int32_t trans_a,
                 int32_t trans_b, double alpha, double beta);
-/* out = x weight + bias. x [M, K], weight [K, N] of one float type; out float [M, N]; bias [N]
-** float, or NULL. f32 accumulation. */
+/* out = x weight + bias. x [M, K], weight [K, N] of one float type, or [N, K] if `transposed`;
+** out float [M, N]; bias float [N], or NULL. f32 accumulation. */
 int32_t qm_linear(const qm_tensor *x, const qm_tensor *weight, const qm_tensor *bias,
-                  const qm_tensor *out);
+                  const qm_tensor *out, int32_t transposed);
 /* Thin singular value decomposition a = u diag(s) vt, s descending; f32.
 ** a [M, N], u [M, R], s [R], vt [R, N], R = min(M, N). Signs are arbitrary. */
 int32_t qm_svd(const qm_tensor *a, const qm_tensor *u, const qm_tensor *s, const qm_tensor *vt);
@@ -304,11 +304,12 @@ int32_t qm_attention_packed_backward(const qm_tensor *dout, const qm_tensor *qkv
                                      const qm_tensor *cu, const qm_tensor *dqkv,
                                      const qm_attention_options *options);
 /* loss[r] = -log softmax(logits[r])[targets[r]]; dlogits = scale * factor * (softmax - onehot), or
-** NULL, may be logits itself. Rows whose target is ignore_index give 0 and no gradient.
+** NULL, may be logits itself. Rows whose target is ignore_index give 0 and no gradient. Columns
+** from `classes` on (at most V) only make rows longer: they hold minus infinity.
 ** logits, dlogits float [R, V]; targets i32 [R]; factor f32 [], or NULL for 1; loss f32 [R]. */
 int32_t qm_cross_entropy(const qm_tensor *logits, const qm_tensor *targets, const qm_tensor *factor,
                          const qm_tensor *loss, const qm_tensor *dlogits, double scale,
-                         int32_t ignore_index);
+                         int32_t ignore_index, int64_t classes);
 
 /* ---- optimizer steps ---- */
 

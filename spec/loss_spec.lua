@@ -42,7 +42,7 @@ describe("qm.cross_entropy", function()
             local losses, dx = qm.empty({ shape[1] }, { device = x.device }), copy()
             local function run(from, out, gradient)
               binding.check(binding.lib.qm_cross_entropy(from.desc, y.desc, nil, out.desc, gradient and gradient.desc,
-                0.5, -7), "loss")
+                0.5, -7, shape[2]), "loss")
             end
             run(x, losses, dx)
             local losses_alone, in_place = qm.empty({ shape[1] }, { device = x.device }), copy()
@@ -66,8 +66,8 @@ describe("qm.cross_entropy", function()
       local losses, once, thrice = qm.empty({ 3 }, { device = device }), logits:clone(), logits:clone()
       local factor = qm.full({}, 3, { device = device })
       local run = binding.lib.qm_cross_entropy
-      binding.check(run(once.desc, targets.desc, nil, losses.desc, once.desc, 1.5, -100), "loss")
-      binding.check(run(thrice.desc, targets.desc, factor.desc, losses.desc, thrice.desc, 0.5, -100), "loss")
+      binding.check(run(once.desc, targets.desc, nil, losses.desc, once.desc, 1.5, -100, 7), "loss")
+      binding.check(run(thrice.desc, targets.desc, factor.desc, losses.desc, thrice.desc, 0.5, -100, 7), "loss")
       testing.assert_close(once, thrice, 1e-6)
     end
   end)
@@ -154,6 +154,27 @@ describe("qm.linear_cross_entropy", function()
       testing.check_gradients(function(a, b)
         return qm.linear_cross_entropy(a, b, targets, { chunk_rows = 2, transposed = transposed })
       end, { x, weight })
+    end)
+  end
+
+  for _, types in ipairs({ { "f32", "f32", 1e-5 }, { "bf16", "f32", 2 ^ -7 }, { "bf16", "bf16", 2 ^ -6 } }) do
+    it(("counts odd numbers of classes only, %s with %s weights"):format(types[1], types[2]), function()
+      local rows, channels, classes = 21, 16, 259 -- rows of logits are made longer
+      local x, weight = qm.randn({ rows, channels }):to(types[1]), qm.randn({ classes, channels }):to(types[2])
+      local targets = random_targets(rows, classes, -100):to(testing.device)
+      local plain_x, plain_weight = x:clone():requires_gradient(), weight:to(types[1]):requires_gradient()
+      local own_x, own_weight = x:clone():requires_gradient(), weight:clone():requires_gradient()
+      local plain = unfused(plain_x, plain_weight, targets, true)
+      local own = qm.linear_cross_entropy(own_x, own_weight, targets, { chunk_rows = 8, transposed = true })
+      assert.near(plain:item(), own:item(), types[3] * plain:item())
+      plain:backward()
+      own:backward()
+      assert.same({ classes, channels }, own_weight.grad.shape)
+      testing.assert_close(plain_x.grad, own_x.grad, types[3])
+      testing.assert_close(plain_weight.grad, own_weight.grad, types[3])
+      testing.assert_refused_late(function()
+        qm.linear_cross_entropy(own_x, own_weight, qm.full({ rows }, classes, { dtype = "i32" }), { transposed = true })
+      end, "expected classes from 0 to 258, or -100, got 259 at 0", "cross_entropy: index 259 is outside 0 .. 258")
     end)
   end
 

@@ -25,7 +25,7 @@ struct cross_entropy_job {
   const float *factor;
   float *loss;
   T *dlogits;
-  int64_t rows, columns;
+  int64_t rows, columns, classes;
   float scale;
   int32_t ignore_index;
   qm_cuda_late *late;
@@ -54,8 +54,8 @@ static __global__ void __launch_bounds__(1024)
     }
     const int32_t target = job.targets[row];
     bool counts = target != job.ignore_index;
-    if (counts && (target < 0 || target >= job.columns)) {
-      if (thread == 0) qm_index_fits(job.late, QM_CUDA_OP_cross_entropy, target, job.columns);
+    if (counts && (target < 0 || target >= job.classes)) {
+      if (thread == 0) qm_index_fits(job.late, QM_CUDA_OP_cross_entropy, target, job.classes);
       counts = false;
     }
     return cross_entropy_row<T>{counts ? target : -1,
@@ -147,6 +147,7 @@ int32_t qm_cuda_cross_entropy(void *context, const qm_cross_entropy_args *args) 
                                       (T *)args->dlogits.data,
                                       args->rows,
                                       args->columns,
+                                      args->classes,
                                       (float)args->scale,
                                       args->ignore_index,
                                       cuda->late_device};

@@ -4,11 +4,11 @@
 int32_t qm_reference_check_targets(const qm_cross_entropy_args *args) {
   const int32_t *targets = args->targets.data;
   for (int64_t i = 0; i < args->rows; i++)
-    if (targets[i] != args->ignore_index && (targets[i] < 0 || targets[i] >= args->columns))
+    if (targets[i] != args->ignore_index && (targets[i] < 0 || targets[i] >= args->classes))
       return qm_reference_host->fail(
           QM_E_ARGUMENT,
           "argument 'targets': expected classes from 0 to %lld, or %d, got %d at %lld",
-          (long long)args->columns - 1, args->ignore_index, targets[i], (long long)i);
+          (long long)args->classes - 1, args->ignore_index, targets[i], (long long)i);
   return QM_OK;
 }
 

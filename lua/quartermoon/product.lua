@@ -16,9 +16,9 @@ function M.gemm(name, a, b, out, trans_a, trans_b, beta)
   return out
 end
 
----out = x weight + bias, where a bias is given.
-function M.linear(name, x, weight, bias, out)
-  binding.check(lib.qm_linear(x.desc, weight.desc, bias and bias.desc, out.desc), name)
+---out = x weight + bias, where a bias is given; x weight^T with `transposed`.
+function M.linear(name, x, weight, bias, out, transposed)
+  binding.check(lib.qm_linear(x.desc, weight.desc, bias and bias.desc, out.desc, transposed and 1 or 0), name)
   return out
 end
 

@@ -8,6 +8,7 @@ local check = require("quartermoon.check")
 local autograd = require("quartermoon.autograd")
 local broadcast = require("quartermoon.ops.broadcast")
 local kernels = require("quartermoon.ops.apply")
+local product = require("quartermoon.product")
 local scopes = require("quartermoon.scope")
 local tensors = require("quartermoon.tensor")
 local lib, C = binding.lib, ffi.C
@@ -63,7 +64,7 @@ function M.cross_entropy(logits, targets, options)
   local losses, share
   local function run(dlogits, factor)
     binding.check(lib.qm_cross_entropy(logits.desc, targets.desc, factor and factor.desc, losses.desc,
-      dlogits and dlogits.desc, 1, options.ignore_index), name)
+      dlogits and dlogits.desc, 1, options.ignore_index, logits.shape[2] or 0), name)
   end
   local mean = scopes.guard(function()
     losses = tensors.empty(targets.shape, { device = logits.device })
@@ -94,23 +95,23 @@ end
 
 ---One pass over the rows, a chunk at a time: losses, and the gradients that are asked for.
 ---@param job table  { x, weight, targets, losses, dx or nil, dweight or nil, share, transposed, chunk_rows,
----   ignore_index }; weight in x's type, dweight f32
+---   ignore_index, classes, bias or nil }; weight in x's type, dweight f32
 local function run_chunks(name, job)
   local function gemm(a, b, out, trans_a, trans_b, beta)
     binding.check(lib.qm_gemm(a.desc, b.desc, out.desc, trans_a and 1 or 0, trans_b and 1 or 0, 1, beta), name)
   end
   local x, weight, transposed, rows = job.x, job.weight, job.transposed, job.x.shape[1]
-  local classes = weight.shape[transposed and 1 or 2]
-  local buffer = tensors.empty({ math.min(rows, job.chunk_rows), classes }, { dtype = x.dtype, device = x.device })
+  local columns = weight.shape[transposed and 1 or 2]
+  local buffer = tensors.empty({ math.min(rows, job.chunk_rows), columns }, { dtype = x.dtype, device = x.device })
   for first = 1, rows, job.chunk_rows do
     local length = math.min(job.chunk_rows, rows - first + 1)
     local function part(tensor) return tensor:view_rows(name, first, length) end
     local logits, x_part = buffer:view_rows(name, 1, length), part(x)
     local targets, losses = part(job.targets), part(job.losses)
-    gemm(x_part, weight, logits, false, transposed, 0)
+    product.linear(name, x_part, weight, job.bias, logits, transposed)
     local gradient = (job.dx or job.dweight) and logits.desc or nil
     binding.check(lib.qm_cross_entropy(logits.desc, targets.desc, job.share.desc, losses.desc, gradient, 1,
-      job.ignore_index), name)
+      job.ignore_index, job.classes), name)
     if job.dx then
       local dx_part = part(job.dx)
       gemm(logits, weight, dx_part, false, not transposed, 0)
@@ -129,22 +130,66 @@ local function run_chunks(name, job)
   buffer:free()
 end
 
+-- Products with rows of logits of no multiple of 8 run at a seventh of the speed on a GPU (H200, bf16,
+-- 768 channels: 50257 classes at 95 TFLOP/s, 50304 at 690).
+local ALIGNED, PADDING, PADDED_FROM = 8, 64, 256
+
+---How long rows of logits are: as many as the classes, or some more where those would be misaligned
+---and the weight, by class, can simply have more rows.
+local function columns_for(classes, transposed)
+  if not transposed or classes % ALIGNED == 0 or classes < PADDED_FROM then return classes end
+  return math.ceil(classes / PADDING) * PADDING
+end
+
+---Do `action` with so many rows of a tensor.
+local function with_rows(name, tensor, first, length, action)
+  local rows = tensor:view_rows(name, first, length)
+  action(rows)
+  rows:free()
+end
+
+---Run `body(weight, bias)` on the weight in x's type. Up to `columns`, zero rows follow those of the
+---classes; a bias (or nil) of minus infinity takes them out of the softmax.
+local function with_weight(name, x, weight, classes, columns, body)
+  if columns == classes then return cast.with(weight, x.dtype, body) end
+  local options = { dtype = x.dtype, device = weight.device }
+  local wide, bias = tensors.empty({ columns, weight.shape[2] }, options), tensors.empty({ columns }, options)
+  with_rows(name, wide, 1, classes, function(rows) rows:copy(weight) end)
+  with_rows(name, wide, classes + 1, columns - classes, function(rows) rows:fill(0) end)
+  with_rows(name, bias, 1, classes, function(rows) rows:fill(0) end)
+  with_rows(name, bias, classes + 1, columns - classes, function(rows) rows:fill(-math.huge) end)
+  body(wide, bias)
+  wide:free() bias:free()
+end
+
+---Room for the weight's gradient, with rows for all columns.
+local function room_for_gradient(weight, columns, transposed)
+  local shape = transposed and { columns, weight.shape[2] } or weight.shape
+  return tensors.empty(shape, { device = weight.device })
+end
+
 ---The mean loss, and while gradients are recorded those of x and weight (else nil) for a dout of 1.
 local function fused(name, x, weight, targets, job)
   local recording = autograd.enabled()
-  job.x, job.targets = x, targets
+  job.x, job.targets, job.classes = x, targets, weight.shape[job.transposed and 1 or 2]
+  local columns = columns_for(job.classes, job.transposed)
   job.share = share_of_each(name, targets, job.ignore_index)
   job.losses = tensors.empty(targets.shape, { device = x.device })
   job.dx = recording and needs_grad(x) and x:empty_like() or nil
-  job.dweight = recording and needs_grad(weight) and weight:empty_like("f32") or nil
-  if job.dweight and x.shape[1] == 0 then job.dweight:fill(0) end
-  cast.with(weight, x.dtype, function(w)
-    job.weight = w
+  local dweight = recording and needs_grad(weight) and room_for_gradient(weight, columns, job.transposed) or nil
+  if dweight and x.shape[1] == 0 then dweight:fill(0) end
+  job.dweight = dweight
+  with_weight(name, x, weight, job.classes, columns, function(w, bias)
+    job.weight, job.bias = w, bias
     run_chunks(name, job)
   end)
+  if dweight and columns ~= job.classes then
+    dweight = job.dweight:view_rows(name, 1, job.classes)
+    job.dweight:free()
+  end
   local mean = mean_loss(name, job.losses, job.share)
   job.losses:free() job.share:free()
-  return mean, job.dx, job.dweight
+  return mean, job.dx, dweight
 end
 
 ---The output layer and its cross-entropy in one: `qm.cross_entropy(qm.linear(x, weight), targets)`
