@@ -51,6 +51,21 @@ describe("qm.matmul", function()
     end)
   end
 
+  it("equals the reference on unaligned operands, and in many batches", function()
+    for _, dtype in ipairs({ "f32", "bf16", "f16" }) do
+      for _, flags in ipairs(FLAGS) do
+        local a, b = operands(17, 72, 33, flags[1], flags[2])
+        local expected, actual = testing.both({ a:to(dtype), b:to(dtype) }, function(x, y)
+          return qm.matmul(x, y, { trans_a = flags[1], trans_b = flags[2] })
+        end, testing.shifted)
+        testing.assert_close(expected[1], actual[1], dtype == "f32" and 1e-5 or 2 ^ -8)
+      end
+    end
+    local a, b = operands(1, 5, 2, false, false, 70000) -- more than a grid has layers
+    local expected, actual = testing.both({ a, b }, qm.matmul)
+    testing.assert_close(expected[1], actual[1], 1e-5)
+  end)
+
   it("equals the reference where many rows meet one weight", function()
     for _, size in ipairs({ { 2048, 64, 48 }, { 2051, 7, 33 }, { 3000, 1, 1 } }) do
       for _, flags in ipairs({ { false, false }, { false, true } }) do
@@ -122,7 +137,7 @@ describe("qm_gemm", function()
 
   -- The weight gradient's product: 16-bit operands, f32 sums.
   for _, types in ipairs({ { "f32", "f32" }, { "bf16", "f32" }, { "bf16", "bf16" }, { "f16", "f32" }, { "f16", "f16" },
-    { "f32", "bf16" } }) do
+    { "f32", "bf16" }, { "f32", "f16" }, { "bf16", "f16" }, { "f16", "bf16" } }) do
     it(("scales and accumulates %s products into %s"):format(types[1], types[2]), function()
       local a, b = operands(9, 31, 6, true, false)
       local out = qm.randn({ 9, 6 }, { device = "reference" })
