@@ -187,8 +187,7 @@ int32_t qm_mpq_linear(const qm_tensor *x, const qm_mpq *q, const qm_tensor *out,
   qm_mpq_linear_args args = {.transposed = transposed != 0};
   qm__mpq(&call, q, QM__READ, QM__READ, &args.q);
   qm__operand(&call, "x", x, transposed ? "float [M, N]" : "float [M, K]", QM__READ, &args.x);
-  qm__operand(&call, "out", out, transposed ? "float [M, K]" : "float [M, N]", QM__WRITE,
-              &args.out);
+  qm__operand(&call, "out", out, transposed ? "=x [M, K]" : "=x [M, N]", QM__WRITE, &args.out);
   args.rows = args.x.shape[0];
   return QM__DISPATCH(call, mpq_linear, &args);
 }

@@ -418,8 +418,9 @@ int32_t qm_mpq_update(const qm_mpq *q, const qm_tensor *grad, const qm_tensor *e
 int32_t qm_mpq_update_bie(const qm_mpq *q, const qm_tensor *grad, const qm_tensor *exp_avg,
                           const qm_tensor *exp_avg_sq, const qm_adam *adam);
 /* For few rows: out = x W, or with transposed != 0 x W^T, straight from the codes. x float [M, K],
-** out float [M, N] (transposed: [M, N] and [M, K]); W as QM_DECODE_CODES has it, in f32 or rounded
-** to x's type, whichever a backend multiplies; sums in f32, in an order that the shapes fix. */
+** out of its type [M, N] (transposed: [M, N] and [M, K]); W as QM_DECODE_CODES has it, in f32 or
+** rounded to x's type, whichever a backend multiplies; sums in f32, in an order that the shapes
+** fix. */
 int32_t qm_mpq_linear(const qm_tensor *x, const qm_mpq *q, const qm_tensor *out,
                       int32_t transposed);
 

@@ -136,6 +136,7 @@ extern "C" __attribute__((visibility("default"))) const qm_backend *qm_backend_e
   kernels->layer_norm_backward = qm_cuda_layer_norm_backward;
   kernels->mpq_dequantize = qm_cuda_mpq_dequantize;
   kernels->mpq_fit = qm_cuda_mpq_fit;
+  kernels->mpq_linear = qm_cuda_mpq_linear;
   kernels->mpq_pack = qm_cuda_mpq_pack;
   kernels->mpq_prepare = qm_cuda_mpq_prepare;
   kernels->mpq_unpack = qm_cuda_mpq_unpack;

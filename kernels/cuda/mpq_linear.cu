@@ -1,0 +1,150 @@
+/* mpq_linear.cu - x W and x W^T for few rows. Reference: kernels/reference/mpq_linear.c, W rounded
+** to
+** x's type.
+**
+** 16-bit x and 4-bit codes in plain order go to tensor cores straight from the packed words; the
+** rest dequantizes into the workspace and multiplies there.
+** Cost: the codes' bytes, 29 MB at 4096 x 14336, and for each word of 8 codes 7 integer
+** instructions
+** (up to 16 rows; about 20 beyond), of which a multiprocessor starts 2 a cycle.
+*/
+#include "mpq_linear_forward.cuh"
+#include "mpq_linear_transposed.cuh"
+
+using namespace mpq_linear;
+
+template <typename Product>
+static __global__ __launch_bounds__(Product::S::threads, Product::S::blocks) void multiply(task p) {
+  extern __shared__ __align__(128) char memory[];
+  Product(p, memory).run();
+}
+
+constexpr int64_t ROWS_MAX = 64;
+
+/* QM_E_UNSUPPORTED where the device has too little shared memory for it. */
+template <typename Product>
+static int32_t launch(qm_cuda *cuda, task p, int64_t length, int64_t outputs) {
+  using S = typename Product::S;
+  using L = typename Product::L;
+  static bool prepared[64]; /* by device */
+  if (!prepared[cuda->index % 64]) {
+    int most = 0;
+    int32_t status = qm_cuda_check(
+        cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, cuda->index),
+        "mpq_linear");
+    if (status == QM_OK && L::bytes > most) return QM_E_UNSUPPORTED;
+    if (status == QM_OK)
+      status =
+          qm_cuda_check(cudaFuncSetAttribute(multiply<Product>,
+                                             cudaFuncAttributeMaxDynamicSharedMemorySize, L::bytes),
+                        "mpq_linear");
+    if (status != QM_OK) return status;
+    prepared[cuda->index % 64] = true;
+  }
+  const int64_t tiles = qm_ceil_div(outputs, L::columns), spans = qm_ceil_div(length, L::span);
+  /* As many splits as there is room for at once; each warp of a sum wants at least two stages. */
+  const int64_t room = (int64_t)cuda->multiprocessors * S::blocks / tiles;
+  const int64_t most = tiles > TICKETS ? 1 : qm_ceil_div(spans, 2 * S::deep);
+  const int64_t splits = room < 1 ? 1 : room < most ? room : most;
+  p.spans = (int32_t)qm_ceil_div(spans, splits * S::deep);
+  if (splits > 1) {
+    const int32_t status = qm_cuda_scratch(cuda, splits * p.rows * outputs * (int64_t)sizeof(float),
+                                           (void **)&p.partial);
+    if (status != QM_OK) return status;
+  }
+  const dim3 grid((unsigned)tiles, (unsigned)splits);
+  multiply<Product><<<grid, S::threads, L::bytes, cuda->compute>>>(p);
+  return qm_cuda_launched(cuda, "mpq_linear");
+}
+
+/* Shapes: warps, of them side by side, pieces of output, vectors of codes, stages, blocks. */
+template <typename T>
+static int32_t launch_forward(qm_cuda *cuda, const task &p) {
+  if (p.rows <= 8) return launch<forward<shape<T, 1, 8, 1, 2, 4, 4, 2>>>(cuda, p, p.k, p.n);
+  if (p.rows <= 16) return launch<forward<shape<T, 2, 8, 1, 2, 4, 3, 2>>>(cuda, p, p.k, p.n);
+  if (p.rows <= 32) return launch<forward<shape<T, 4, 8, 2, 2, 4, 3, 1>>>(cuda, p, p.k, p.n);
+  return launch<forward<shape<T, 8, 12, 4, 1, 2, 4, 1>>>(cuda, p, p.k, p.n);
+}
+template <typename T>
+static int32_t launch_transposed(qm_cuda *cuda, const task &p) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    const bool pairs = p.group_size % 128 == 0, whole = p.group_size % 64 == 0;
+    if (p.rows <= 8 && pairs)
+      return launch<transposed_scaling_x<shape<T, 1, 8, 1, 2, 4, 4, 2>>>(cuda, p, p.n, p.k);
+    if (p.rows <= 8 && whole)
+      return launch<transposed_scaling_x<shape<T, 1, 8, 1, 1, 4, 4, 2>>>(cuda, p, p.n, p.k);
+    if (p.rows <= 16 && pairs)
+      return launch<transposed_scaling_x<shape<T, 2, 8, 1, 2, 4, 4, 2>>>(cuda, p, p.n, p.k);
+    if (p.rows <= 16 && whole)
+      return launch<transposed_scaling_x<shape<T, 2, 8, 1, 1, 4, 3, 2>>>(cuda, p, p.n, p.k);
+  }
+  if (p.rows <= 16) return launch<transposed<shape<T, 2, 8, 1, 1, 4, 3, 2>>>(cuda, p, p.n, p.k);
+  if (p.rows <= 32) return launch<transposed<shape<T, 4, 8, 2, 1, 4, 3, 1>>>(cuda, p, p.n, p.k);
+  return launch<transposed<shape<T, 8, 8, 2, 1, 4, 3, 1>>>(cuda, p, p.n, p.k);
+}
+
+template <typename T>
+static int32_t multiply_fused(qm_cuda *cuda, const qm_mpq_linear_args *args) {
+  const qm_mpq_view *q = &args->q;
+  const int64_t length = args->transposed ? q->n : q->k, outputs = args->transposed ? q->k : q->n;
+  task p = {};
+  p.scales = q->scales.data;
+  p.zeros = q->zeros.data;
+  p.words = (const uint32_t *)q->data.data;
+  p.k = q->k;
+  p.n = q->n;
+  p.group_size = q->group_size;
+  p.asym = q->asym;
+  p.bf16_scales = q->scales.dtype == QM_BF16;
+  int32_t status = QM_OK;
+  for (int64_t row = 0; row < args->rows && status == QM_OK; row += ROWS_MAX) {
+    p.rows = args->rows - row < ROWS_MAX ? args->rows - row : ROWS_MAX;
+    p.x = (const T *)args->x.data + row * length;
+    p.out = (T *)args->out.data + row * outputs;
+    status = args->transposed ? launch_transposed<T>(cuda, p) : launch_forward<T>(cuda, p);
+  }
+  return status;
+}
+
+/* Whether words, grid and x can be read in the kernels' packs and groups do not cut them. */
+static bool is_fused(const qm_mpq_linear_args *args) {
+  const qm_mpq_view *q = &args->q;
+  const bool whole_groups = q->group_size % (args->transposed ? 8 : 32) == 0;
+  return args->x.dtype != QM_F32 && q->scales.dtype != QM_F32 && q->w_bit == 4 && q->n % 8 == 0 &&
+         whole_groups && q->g_idx.data == NULL && q->q_perm.data == NULL && q->k > 0 && q->n > 0 &&
+         qm_aligned(args->x.data, 16) && qm_aligned(q->data.data, 16) &&
+         qm_aligned(q->scales.data, 8) && qm_aligned(q->zeros.data, q->asym ? 4 : 8);
+}
+
+static int32_t multiply_dequantized(qm_cuda *cuda, const qm_mpq_linear_args *args) {
+  const qm_mpq_view *q = &args->q;
+  qm_mpq_dequantize_args dequantize = {.q = *q, .w = q->data, .form = QM_DECODE_CODES};
+  dequantize.w.dtype = args->x.dtype;
+  dequantize.w.shape[0] = q->k;
+  dequantize.w.count = q->k * q->n;
+  const int64_t size = args->x.dtype == QM_F32 ? 4 : 2;
+  int32_t status = qm_cuda_scratch(cuda, dequantize.w.count * size, &dequantize.w.data);
+  if (status == QM_OK) status = qm_cuda_mpq_dequantize(cuda, &dequantize);
+  if (status != QM_OK) return status;
+  qm_gemm_args product = {};
+  product.a = args->x;
+  product.b = dequantize.w;
+  product.out = args->out;
+  product.batch = 1;
+  product.m = args->rows;
+  product.k = args->transposed ? q->n : q->k;
+  product.n = args->transposed ? q->k : q->n;
+  product.trans_b = args->transposed;
+  product.alpha = 1.0;
+  return qm_cuda_gemm(cuda, &product);
+}
+
+int32_t qm_cuda_mpq_linear(void *context, const qm_mpq_linear_args *args) {
+  QM_CUDA_ENTER(context);
+  if (args->out.count == 0) return QM_OK;
+  int32_t status = QM_E_UNSUPPORTED;
+  if (is_fused(args))
+    status = args->x.dtype == QM_BF16 ? multiply_fused<__nv_bfloat16>(cuda, args)
+                                      : multiply_fused<__half>(cuda, args);
+  return status == QM_E_UNSUPPORTED ? multiply_dequantized(cuda, args) : status;
+}
