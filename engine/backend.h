@@ -173,11 +173,18 @@ typedef struct qm_grad_scale_args {
   double factor, max_norm;
 } qm_grad_scale_args;
 
-/* A quantized parameter as a kernel sees it. */
+/* Packed rows of one width: where they begin and end, and the word row where their codes begin. */
+typedef struct qm_mpq_rows {
+  int64_t first_row, end_row, first_word;
+  int32_t w_bit;
+} qm_mpq_rows;
+/* A quantized parameter as a kernel sees it. There is always a section; kernels that know one width
+** alone find it in w_bit (0: there are several); engine/mpq.c keeps the rest from them. */
 typedef struct qm_mpq_view {
-  qm_array data, scales, zeros, g_idx, q_perm, residual;
+  qm_array data, scales, zeros, g_idx, q_perm, residual, group_map;
   int64_t k, n, groups;
-  int32_t w_bit, residual_bits, group_size, asym;
+  int32_t w_bit, residual_bits, group_size, asym, zero_offset, section_count;
+  qm_mpq_rows sections[QM_MPQ_SECTIONS_MAX];
 } qm_mpq_view;
 typedef struct qm_mpq_unpack_args {
   qm_mpq_view q;

@@ -47,22 +47,111 @@ static void check_q_perm(qm__call *call, const qm_array *q_perm) {
   free(owned);
 }
 
+/* Groups in range, and none in two sections: fitting asks for a group's width. */
+static void check_group_map(qm__call *call, const qm_mpq_view *view) {
+  int32_t *owned = NULL;
+  const int32_t *values = index_values(call, &view->group_map, &owned);
+  uint8_t *widths = calloc((size_t)view->groups + 1, 1);
+  if (widths == NULL) call->status = qm__fail(QM_E_MEMORY, "the host is out of memory");
+  for (int32_t i = 0; i < view->section_count; i++) {
+    const qm_mpq_rows *section = &view->sections[i];
+    for (int64_t p = section->first_row;
+         values != NULL && p < section->end_row && call->status == QM_OK; p++) {
+      const int32_t g = values[p];
+      qm__require(
+          call, g >= 0 && g < view->groups,
+          "argument 'group_map': expected groups in [0, G=%lld), got %d for packed row %lld",
+          (long long)view->groups, g, (long long)p);
+      if (call->status != QM_OK) break;
+      qm__require(call, widths[g] == 0 || widths[g] == i + 1,
+                  "argument 'group_map': expected every group within one section, got group %d in "
+                  "two, at packed row %lld",
+                  g, (long long)p);
+      widths[g] = (uint8_t)(i + 1);
+    }
+  }
+  free(widths);
+  free(owned);
+}
+
 /* Indices that a kernel will follow. Where they lie on a device, reading them back would wait for
 ** it on every call: there qm_mpq_validate looks once, and kernels stay inside their arrays. */
 static void check_indices(qm__call *call, const qm_mpq_view *view) {
   if (call->status == QM_OK && view->g_idx.data != NULL)
     check_g_idx(call, &view->g_idx, view->groups);
   if (call->status == QM_OK && view->q_perm.data != NULL) check_q_perm(call, &view->q_perm);
+  if (call->status == QM_OK && view->group_map.data != NULL) check_group_map(call, view);
 }
 
-static bool is_width(int32_t bits) { return bits == 1 || bits == 2 || bits == 4 || bits == 8; }
+static bool is_width(int32_t bits) { return bits >= 1 && bits <= 8 && bits != 7; }
+
+/* Sections and their sums; false where they are none. */
+static bool check_sections(qm__call *call, const qm_mpq *q, qm_mpq_view *view) {
+  const int32_t count = q->section_count;
+  int64_t row = 0, word = 0;
+  qm__require(call, count >= 0 && count <= QM_MPQ_SECTIONS_MAX,
+              "argument 'sections': expected at most %d, got %d", QM_MPQ_SECTIONS_MAX, count);
+  if (count > 0) {
+    qm__require(call, q->w_bit == 0, "argument 'w_bit': expected 0 beside sections, got %d",
+                q->w_bit);
+    qm__require(call, !q->asym, "argument 'asym': mixed widths have float zeros: expected sym");
+    qm__require(call, q->group_map != NULL,
+                "argument 'group_map': expected one beside sections, got nothing");
+  }
+  for (int32_t i = 0; i < count && call->status == QM_OK; i++) {
+    const qm_mpq_section *section = &q->sections[i];
+    qm__require(call, is_width(section->w_bit),
+                "argument 'sections': expected a width of 1, 2, 3, 4, 5, 6 or 8 bits, got %d",
+                section->w_bit);
+    qm__require(call, section->rows > 0 && section->rows % 32 == 0,
+                "argument 'sections': expected a multiple of 32 rows, got %d of %d bits",
+                section->rows, section->w_bit);
+    view->sections[i] = (qm_mpq_rows){row, row + section->rows, word, section->w_bit};
+    row += section->rows;
+    word += (int64_t)section->rows / 32 * section->w_bit;
+  }
+  view->section_count = count;
+  return call->status == QM_OK;
+}
+
+/* Rows K, from the sections or from data and the one width. */
+static int64_t check_rows(qm__call *call, const qm_mpq *q, qm_mpq_view *view) {
+  const int64_t words = view->data.shape[0];
+  if (q->section_count > 0) {
+    const qm_mpq_rows *last = &view->sections[q->section_count - 1];
+    const int64_t needed = last->first_word + (last->end_row - last->first_row) / 32 * last->w_bit;
+    qm__require(call, words == needed,
+                "argument 'data': expected %lld word rows, as the sections say, got %lld",
+                (long long)needed, (long long)words);
+    return last->end_row;
+  }
+  qm__require(
+      call, words % q->w_bit == 0,
+      "argument 'data': expected K * w_bit / 32 word rows, K a multiple of 32; got %lld word "
+      "rows at w_bit %d",
+      (long long)words, q->w_bit);
+  const int64_t k = words / q->w_bit * 32;
+  view->sections[0] = (qm_mpq_rows){0, k, 0, q->w_bit};
+  view->section_count = 1;
+  return k;
+}
+
+/* Kernels of devices that know the layouts of one width of 1, 2, 4 or 8 bits alone must not see
+** another. */
+static bool is_plain(const qm_mpq_view *view) {
+  const int32_t bits = view->w_bit;
+  return (bits == 1 || bits == 2 || bits == 4 || bits == 8) && view->group_map.data == NULL &&
+         (!view->asym || view->zero_offset == 1);
+}
 
 /* The scalar fields, and what they say about shapes. */
 static bool check_scalars(qm__call *call, const qm_mpq *q) {
   qm__require(call, q != NULL, "argument 'q': expected a quantized parameter, got nothing");
   if (q == NULL) return false;
-  qm__require(call, is_width(q->w_bit), "argument 'w_bit': expected 1, 2, 4 or 8, got %d",
-              q->w_bit);
+  qm__require(call, q->section_count != 0 || is_width(q->w_bit),
+              "argument 'w_bit': expected 1, 2, 3, 4, 5, 6 or 8, got %d", q->w_bit);
+  qm__require(call, q->zero_offset == 0 || q->zero_offset == 1,
+              "argument 'zero_offset': expected 0 or 1, got %d", q->zero_offset);
   qm__require(call, q->residual_bits == 0 || q->residual_bits == 4 || q->residual_bits == 8,
               "argument 'residual_bits': expected 0, 4 or 8, got %d", q->residual_bits);
   qm__require(call, (q->residual_bits > 0) == (q->residual != NULL),
@@ -75,19 +164,14 @@ static bool check_scalars(qm__call *call, const qm_mpq *q) {
 void qm__mpq(qm__call *call, const qm_mpq *q, qm__use codes_use, qm__use grid_use,
              qm_mpq_view *view) {
   memset(view, 0, sizeof *view);
-  if (!check_scalars(call, q)) return;
+  if (!check_scalars(call, q) || !check_sections(call, q, view)) return;
   qm__operand(call, "data", q->data, "i32 [words, N]", codes_use, &view->data);
   if (call->status != QM_OK) return;
-  const int64_t words = view->data.shape[0], n = view->data.shape[1];
-  qm__require(
-      call, words % q->w_bit == 0,
-      "argument 'data': expected K * w_bit / 32 word rows, K a multiple of 32; got %lld word "
-      "rows at w_bit %d",
-      (long long)words, q->w_bit);
+  const int64_t n = view->data.shape[1], k = check_rows(call, q, view);
+  if (call->status != QM_OK) return;
   qm__require(call, !q->asym || n % 32 == 0,
               "argument 'data': expected N a multiple of 32 (packed zeros), got N=%lld",
               (long long)n);
-  const int64_t k = words / q->w_bit * 32;
   /* What g_idx and q_perm can count; without columns no memory bounds the rows. */
   qm__require(call, k <= INT32_MAX, "argument 'data': expected K below 2^31, got K=%lld",
               (long long)k);
@@ -99,6 +183,9 @@ void qm__mpq(qm__call *call, const qm_mpq *q, qm__use codes_use, qm__use grid_us
               &view->zeros);
   qm__optional(call, "g_idx", q->g_idx, "i32 [K]", QM__READ, &view->g_idx);
   qm__optional(call, "q_perm", q->q_perm, "i32 [K]", QM__READ, &view->q_perm);
+  qm__optional(call, "group_map", q->group_map, "i32 [K]", QM__READ, &view->group_map);
+  qm__require(call, q->g_idx == NULL || q->group_map == NULL,
+              "argument 'g_idx': expected it or a group_map, got both");
   qm__optional(call, "residual", q->residual, "i32 [rwords, N]", codes_use, &view->residual);
   view->k = k;
   view->n = n;
@@ -107,11 +194,20 @@ void qm__mpq(qm__call *call, const qm_mpq *q, qm__use codes_use, qm__use grid_us
   view->residual_bits = q->residual_bits;
   view->group_size = q->group_size;
   view->asym = q->asym != 0;
+  view->zero_offset = q->zero_offset;
   const int64_t expected = (k + q->group_size - 1) / q->group_size;
-  qm__require(call, q->g_idx != NULL || view->groups == expected,
+  const bool is_listed = q->g_idx != NULL || q->group_map != NULL;
+  qm__require(call, is_listed || view->groups == expected,
               "argument 'scales': expected G=%lld groups (K=%lld in groups of %d), got %lld",
               (long long)expected, (long long)k, q->group_size, (long long)view->groups);
-  if (call->status == QM_OK && call->device->backend->host_memory) check_indices(call, view);
+  if (call->status != QM_OK) return;
+  if (call->device->backend->host_memory)
+    check_indices(call, view);
+  else if (!is_plain(view))
+    call->status = qm__fail(QM_E_UNSUPPORTED,
+                            "the %s backend has no kernels for this parameter's layout yet (widths "
+                            "3, 5 and 6, mixed widths, or zero points from 0)",
+                            call->device->backend->name);
 }
 
 int32_t qm_mpq_validate(const qm_mpq *q) {

@@ -349,27 +349,39 @@ int32_t qm_adam_direction(const qm_tensor *grad, const qm_tensor *exp_avg,
 int32_t qm_grad_scale(const qm_tensor *squares, const qm_tensor *norm, const qm_tensor *scale,
                       const qm_tensor *skipped, double factor, double max_norm);
 
-/* ---- quantized parameters: MPQ (layer kind 1) and MBWQ-q (kind 2, one width) ----
+/* ---- quantized parameters: GPTQ, AWQ, MPQ (layer kind 1), MBWQ and EXL2 (kind 2) ----
 **
 ** A weight W [K, N], K inputs (a multiple of 32), N outputs, on groups along K:
-**   asym: W = scales[g] * (q - zero[g]), zeros packed i32 [G, N * w_bit / 32], field = zero - 1;
-**         N a multiple of 32
+**   asym: W = scales[g] * (q - zero[g]), zero = field + zero_offset; N a multiple of 32
 **   sym:  W = q * scales[g] - zeros[g],  zeros like scales (a product zero); one rounding (fma)
-** Codes lie along K: row p is in word row p / (32 / w_bit), bits w_bit * (p mod (32 / w_bit)).
-** Row p holds feature q_perm[p] (identity without); g = g_idx[feature] where there is a g_idx,
-** else p / group_size. */
+** Codes lie along K in packed rows, and these in sections of one width each. Column n of a section
+** is a stream of bits: its row r has bits w_bit * r to w_bit * (r + 1), bit t is bit t % 32 of word
+** row t / 32, and a field may go on in the next. 32 rows fill w_bit word rows.
+** Packed row p holds feature q_perm[p] (identity without); its group is g_idx[feature], or
+** group_map[p], or p / group_size. */
+enum { QM_MPQ_SECTIONS_MAX = 8 };
+typedef struct qm_mpq_section {
+  int32_t w_bit; /* 1, 2, 3, 4, 5, 6 or 8 */
+  int32_t rows;  /* a multiple of 32 */
+} qm_mpq_section;
 typedef struct qm_mpq {
-  const qm_tensor *data;     /* i32 [K * w_bit / 32, N] */
+  const qm_tensor *data;     /* i32 [sum of rows / 32 * w_bit, N] */
   const qm_tensor *scales;   /* float [G, N] */
-  const qm_tensor *zeros;    /* asym: i32 [G, N * w_bit / 32]; sym: float [G, N], scales' type */
-  const qm_tensor *g_idx;    /* i32 [K], or NULL */
+  const qm_tensor *zeros;    /* asym: i32 [G, N / 32 * w_bit], each row a stream of fields;
+                                sym: float [G, N], scales' type */
+  const qm_tensor *g_idx;    /* i32 [K] by feature, or NULL */
   const qm_tensor *q_perm;   /* i32 [K], a permutation, or NULL */
   const qm_tensor *residual; /* i32 [K * residual_bits / 32, N], or NULL */
-  int32_t w_bit;             /* 1, 2, 4 or 8 */
+  const qm_tensor *group_map; /* i32 [K] by packed row, no group in two sections; or NULL */
+  int32_t w_bit;             /* the one width; 0 where there are sections */
   int32_t residual_bits;     /* 0, 4 or 8: signed r + 2^(bits-1), packed like codes; the stored
                                 weight is q + r / 2^residual_bits grid steps, forward uses q only */
   int32_t group_size;
   int32_t asym;
+  int32_t zero_offset;       /* asym: 1, zero points 1 .. 2^w_bit (GPTQ); 0, zero points
+                                0 .. 2^w_bit - 1 (GPTQ v2, AWQ): no file needs both ends at once */
+  int32_t section_count;     /* 0: one section of w_bit. Sections need sym and a group_map */
+  qm_mpq_section sections[8];
 } qm_mpq;
 
 /* Check every field: shapes, types, G against group_size, g_idx in range, q_perm a permutation. */

@@ -1,9 +1,12 @@
 /* mpq.h - how a quantized parameter is laid out and what one update step's numbers are: the index
 ** arithmetic and the constants that every backend must share, once.
 **
-** Codes of w_bit bits lie along K: row p is in word row p / (32 / w_bit), one column per output.
-** Row p holds feature q_perm[p]; its group is g_idx[feature], or p / group_size.
-** Source: the MPQ and MBWQ layouts of bitorch-engine; GPTQ's "minus one" zero points.
+** Codes lie along K in sections of one width each, every column of a section a stream of bits;
+** packed zero points are the same stream along a group's columns. For 1, 2, 4 and 8 bits no field
+** straddles words. Packed row p holds feature q_perm[p]; its group is g_idx[feature], group_map[p],
+** or p / group_size.
+** Source: GPTQ's layout (also of 3 bits, as AutoGPTQ writes it); the MPQ and MBWQ layouts of
+** bitorch-engine; exllamav2's EXL2 files.
 */
 #ifndef QM_MPQ_H
 #define QM_MPQ_H
@@ -22,37 +25,69 @@ QM_INLINE int64_t qm_mpq_feature(const qm_mpq_view *q, int64_t p) {
   return q->q_perm.data == NULL ? p : ((const int32_t *)q->q_perm.data)[p];
 }
 QM_INLINE int64_t qm_mpq_group(const qm_mpq_view *q, int64_t p) {
+  if (q->group_map.data != NULL) return ((const int32_t *)q->group_map.data)[p];
   return q->g_idx.data == NULL ? p / q->group_size
                                : ((const int32_t *)q->g_idx.data)[qm_mpq_feature(q, p)];
 }
 QM_INLINE uint32_t qm_mpq_mask(int32_t bits) { return (1u << bits) - 1u; }
 
-/* Field p of column n, `bits` wide, in words [K * bits / 32, N]. */
+/* Field i, `bits` wide, of a stream whose words lie `stride` apart. */
+QM_INLINE uint32_t qm_stream_field(const uint32_t *words, int64_t stride, int32_t bits, int64_t i) {
+  const int64_t bit = i * bits;
+  const int32_t shift = (int32_t)(bit & 31);
+  words += (bit >> 5) * stride;
+  uint32_t field = words[0] >> shift;
+  if (shift + bits > 32) field |= words[stride] << (32 - shift);
+  return field & qm_mpq_mask(bits);
+}
+QM_INLINE void qm_stream_set_field(uint32_t *words, int64_t stride, int32_t bits, int64_t i,
+                                   uint32_t field) {
+  const int64_t bit = i * bits;
+  const int32_t shift = (int32_t)(bit & 31);
+  const uint32_t mask = qm_mpq_mask(bits);
+  words += (bit >> 5) * stride;
+  words[0] = (words[0] & ~(mask << shift)) | field << shift;
+  if (shift + bits > 32)
+    words[stride] = (words[stride] & ~(mask >> (32 - shift))) | field >> (32 - shift);
+}
+
+/* The section of packed row p. */
+QM_INLINE const qm_mpq_rows *qm_mpq_section_of(const qm_mpq_view *q, int64_t p) {
+  const qm_mpq_rows *section = q->sections;
+  while (p >= section->end_row) section++;
+  return section;
+}
+/* The code of packed row p, column n. */
+QM_INLINE uint32_t qm_mpq_code(const qm_mpq_view *q, int64_t p, int64_t n) {
+  const qm_mpq_rows *section = qm_mpq_section_of(q, p);
+  const uint32_t *words = (const uint32_t *)q->data.data + section->first_word * q->n + n;
+  return qm_stream_field(words, q->n, section->w_bit, p - section->first_row);
+}
+QM_INLINE void qm_mpq_set_code(const qm_mpq_view *q, int64_t p, int64_t n, uint32_t code) {
+  const qm_mpq_rows *section = qm_mpq_section_of(q, p);
+  uint32_t *words = (uint32_t *)q->data.data + section->first_word * q->n + n;
+  qm_stream_set_field(words, q->n, section->w_bit, p - section->first_row, code);
+}
+
+/* Field p of column n, `bits` wide, in words [K * bits / 32, N]: codes of one width, residuals. */
 QM_INLINE uint32_t qm_mpq_field(const void *words, int32_t bits, int64_t n_count, int64_t p,
                                 int64_t n) {
-  const int64_t per_word = 32 / bits;
-  return ((const uint32_t *)words)[p / per_word * n_count + n] >> (bits * (p % per_word)) &
-         qm_mpq_mask(bits);
+  return qm_stream_field((const uint32_t *)words + n, n_count, bits, p);
 }
 QM_INLINE void qm_mpq_set_field(void *words, int32_t bits, int64_t n_count, int64_t p, int64_t n,
                                 uint32_t field) {
-  const int64_t per_word = 32 / bits;
-  uint32_t *word = (uint32_t *)words + p / per_word * n_count + n;
-  const int64_t shift = bits * (p % per_word);
-  *word = (*word & ~(qm_mpq_mask(bits) << shift)) | field << shift;
+  qm_stream_set_field((uint32_t *)words + n, n_count, bits, p, field);
 }
 
-/* asym: the zero point of group g, column n, 1 .. 2^w_bit; packed along columns, minus one. */
+/* asym: the zero point of group g, column n: field + zero_offset. */
 QM_INLINE uint32_t qm_mpq_zero_point(const qm_mpq_view *q, int64_t g, int64_t n) {
-  const int64_t per_word = 32 / q->w_bit;
-  const uint32_t word = ((const uint32_t *)q->zeros.data)[g * (q->n / per_word) + n / per_word];
-  return (word >> (q->w_bit * (n % per_word)) & qm_mpq_mask(q->w_bit)) + 1u;
+  const uint32_t *words = (const uint32_t *)q->zeros.data + g * (q->n / 32 * q->w_bit);
+  return qm_stream_field(words, 1, q->w_bit, n) + (uint32_t)q->zero_offset;
 }
 QM_INLINE void qm_mpq_set_zero_point(const qm_mpq_view *q, int64_t g, int64_t n, int64_t zero) {
-  const int64_t per_word = 32 / q->w_bit, shift = q->w_bit * (n % per_word);
-  uint32_t *word = (uint32_t *)q->zeros.data + g * (q->n / per_word) + n / per_word;
-  const uint32_t field = (uint32_t)(zero - 1) & qm_mpq_mask(q->w_bit);
-  *word = (*word & ~(qm_mpq_mask(q->w_bit) << shift)) | field << shift;
+  uint32_t *words = (uint32_t *)q->zeros.data + g * (q->n / 32 * q->w_bit);
+  qm_stream_set_field(words, 1, q->w_bit, n,
+                      (uint32_t)(zero - q->zero_offset) & qm_mpq_mask(q->w_bit));
 }
 
 QM_INLINE float qm_mpq_scale(const qm_mpq_view *q, int64_t g, int64_t n) {
@@ -83,9 +118,9 @@ typedef struct qm_mpq_span {
   float low, high; /* the range, inclusive */
 } qm_mpq_span;
 
-QM_INLINE qm_mpq_span qm_mpq_span_of(const qm_mpq_view *q) {
+QM_INLINE qm_mpq_span qm_mpq_span_for(const qm_mpq_view *q, int32_t w_bit) {
   qm_mpq_span span;
-  const int32_t bits = q->residual.data == NULL ? 0 : q->residual_bits, top = (1 << q->w_bit) - 1;
+  const int32_t bits = q->residual.data == NULL ? 0 : q->residual_bits, top = (1 << w_bit) - 1;
   span.bits = bits;
   span.half = bits == 0 ? 0 : 1 << (bits - 1);
   span.unit = (float)(1 << bits);
@@ -93,40 +128,55 @@ QM_INLINE qm_mpq_span qm_mpq_span_of(const qm_mpq_view *q) {
   span.high = (float)((top << bits) + (bits == 0 ? 0 : span.half - 1));
   return span;
 }
+/* That of a parameter of one width. */
+QM_INLINE qm_mpq_span qm_mpq_span_of(const qm_mpq_view *q) {
+  return qm_mpq_span_for(q, q->sections[0].w_bit);
+}
 
 /* ---- fitting a grid ---- */
+
+/* What every grid of one width has in common. */
+typedef struct qm_mpq_grid_kind {
+  int32_t w_bit, asym, zero_offset;
+  int32_t dtype; /* the scales' */
+} qm_mpq_grid_kind;
+
+QM_INLINE qm_mpq_grid_kind qm_mpq_grid_kind_of(const qm_mpq_view *q, int32_t w_bit) {
+  const qm_mpq_grid_kind kind = {w_bit, q->asym, q->zero_offset, q->scales.dtype};
+  return kind;
+}
 
 typedef struct qm_mpq_grid {
   float scale, zero; /* as stored: scale and sym's zero are numbers of the grid's type */
 } qm_mpq_grid;
 
 /* The grid whose ends are lo and hi. No scale is 0 or infinite, whatever comes. */
-QM_INLINE qm_mpq_grid qm_mpq_grid_of(float lo, float hi, int32_t w_bit, int32_t asym,
-                                     int32_t dtype) {
-  const float top = (float)qm_mpq_mask(w_bit), constant = fabsf(hi) > 0.0f ? fabsf(hi) : 1e-5f;
+QM_INLINE qm_mpq_grid qm_mpq_grid_of(float lo, float hi, qm_mpq_grid_kind kind) {
+  const int32_t dtype = kind.dtype;
+  const float top = (float)qm_mpq_mask(kind.w_bit), first = (float)kind.zero_offset;
+  const float constant = fabsf(hi) > 0.0f ? fabsf(hi) : 1e-5f;
   const float largest = dtype == QM_F16 ? 65504.0f : 0x1.FEp127f; /* f32 and bf16 hold it */
   qm_mpq_grid grid;
   const float span = hi - lo > 0.0f ? hi - lo : constant;
   grid.scale = qm_round_to(dtype, span / top);
-  /* The format has no zero point 0: a group without negative weights gives up the code below 0. */
-  if (asym && w_bit > 1 && rintf(-lo / grid.scale) < 1.0f)
+  /* Where there is no zero point 0, a group without negative weights gives up the code below 0. */
+  if (kind.asym && kind.w_bit > 1 && rintf(-lo / grid.scale) < first)
     grid.scale = qm_round_to(dtype, (hi > 0.0f ? hi : constant) / (top - 1.0f));
   if (!(grid.scale > 0x1p-24f)) grid.scale = 0x1p-24f;
   if (!(grid.scale < largest)) grid.scale = largest;
   grid.zero = qm_round_to(dtype, -lo);
-  if (asym) {
+  if (kind.asym) {
     const float zero = rintf(-lo / grid.scale);
-    grid.zero = zero < 1.0f ? 1.0f : zero > top + 1.0f ? top + 1.0f : zero;
+    grid.zero = zero < first ? first : zero > top + first ? top + first : zero;
   }
   return grid;
 }
 /* The same with the span between lo and hi multiplied by `factor`: around 0 for asym, whose grid
 ** holds 0, around the middle for sym. */
-QM_INLINE qm_mpq_grid qm_mpq_grid_scaled(float lo, float hi, float factor, int32_t w_bit,
-                                         int32_t asym, int32_t dtype) {
-  if (asym) return qm_mpq_grid_of(lo * factor, hi * factor, w_bit, asym, dtype);
+QM_INLINE qm_mpq_grid qm_mpq_grid_scaled(float lo, float hi, float factor, qm_mpq_grid_kind kind) {
+  if (kind.asym) return qm_mpq_grid_of(lo * factor, hi * factor, kind);
   const float middle = 0.5f * lo + 0.5f * hi, half = (0.5f * hi - 0.5f * lo) * factor;
-  return qm_mpq_grid_of(middle - half, middle + half, w_bit, asym, dtype);
+  return qm_mpq_grid_of(middle - half, middle + half, kind);
 }
 /* What w loses on the grid, to compare grids with. */
 QM_INLINE float qm_mpq_grid_error(float w, qm_mpq_grid grid, float top, int32_t asym) {

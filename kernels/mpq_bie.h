@@ -60,12 +60,13 @@ QM_INLINE float qm_bie_decode(const qm_bie_step *step, float code, float scale, 
   return qm_round_to(step->dtype, qm_round_to(dtype, w));
 }
 
-QM_INLINE uint32_t qm_bie_encode(const qm_bie_step *step, float w, float scale, float zero) {
+QM_INLINE uint32_t qm_bie_encode(const qm_bie_step *step, int32_t w_bit, float w, float scale,
+                                 float zero) {
   const qm_mpq_view *q = &step->args->q;
   const int32_t type = step->pack_dtype;
   const float y = q->asym ? qm_round_to(type, qm_round_to(type, w / scale) + zero)
                           : qm_round_to(type, qm_round_to(type, w + zero) / scale);
-  const float top = (float)qm_mpq_mask(q->w_bit), code = rintf(y);
+  const float top = (float)qm_mpq_mask(w_bit), code = rintf(y);
   return !(code > 0.0f) ? 0u : code > top ? (uint32_t)top : (uint32_t)code;
 }
 

@@ -198,7 +198,7 @@ describe("QParam.new", function()
     local function refused(message, changes)
       assert.error_matches(function() qm.QParam.new(parts(changes)) end, message, 1, true)
     end
-    refused("argument 'w_bit': expected one of 1, 2, 4, 8, got number 3", { w_bit = 3 })
+    refused("argument 'w_bit': expected one of 1, 2, 3, 4, 5, 6, 8, got number 7", { w_bit = 7 })
     refused("argument 'scales': expected G=2 groups (K=64 in groups of 32), got 3",
       { scales = qm.ones({ 3, 32 }), zeros = qm.ones({ 3, 32 }) })
     refused("argument 'zeros': expected f32 [G=2, N=32], got f32 [2, 31]", { zeros = qm.ones({ 2, 31 }) })
@@ -213,7 +213,7 @@ describe("QParam.new", function()
     refused("argument 'data': expected K * w_bit / 32 word rows, K a multiple of 32; got 6 word rows at w_bit 4",
       { data = qm.zeros({ 6, 32 }, { dtype = "i32" }) })
     refused("argument 'residual': expected one exactly where residual_bits is not 0", { residual_bits = 4 })
-    refused("mixed bit widths are not trainable", { q_group_map = qm.zeros({ 128 }, { dtype = "i16" }) })
+    refused("argument 'zero_offset': expected one of 0, 1, got number 2", { zero_offset = 2 })
     refused("unknown option 'group_sise', did you mean 'group_size'?", { group_sise = 1 })
   end)
 
@@ -224,8 +224,8 @@ describe("QParam.new", function()
     local look = testing.device:match("^cuda") and q.validate or q.dequantize
     assert.error_matches(function() look(q) end, "expected groups in [0, G=2), got 1000000", 1, true)
     q.g_idx = nil
-    q.w_bit = 5
-    assert.error_matches(function() q:unpack() end, "argument 'w_bit': expected 1, 2, 4 or 8, got 5", 1, true)
+    q.w_bit = 7
+    assert.error_matches(function() q:unpack() end, "argument 'w_bit': expected 1, 2, 3, 4, 5, 6 or 8, got 7", 1, true)
     q.w_bit, q.group_size = 4, 0
     assert.error_matches(function() q:validate() end, "argument 'group_size': expected at least 1, got 0", 1, true)
   end)

@@ -22,7 +22,7 @@ int32_t qm_reference_mpq_dequantize(void *context, const qm_mpq_dequantize_args 
     const int64_t feature = qm_mpq_feature(q, p), g = qm_mpq_group(q, p);
     for (int64_t n = 0; n < q->n; n++) {
       const float scale = qm_mpq_scale(q, g, n), zero = qm_mpq_zero(q, g, n);
-      float code = (float)qm_mpq_field(q->data.data, q->w_bit, q->n, p, n);
+      float code = (float)qm_mpq_code(q, p, n);
       if (add_residual) {
         const uint32_t field = qm_mpq_field(q->residual.data, span.bits, q->n, p, n);
         code += (float)((int32_t)field - span.half) / span.unit; /* exact: at most 16 bits */

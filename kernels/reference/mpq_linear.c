@@ -4,7 +4,7 @@
 
 static double weight(const qm_mpq_view *q, int64_t p, int64_t n) {
   const int64_t g = qm_mpq_group(q, p);
-  const float code = (float)qm_mpq_field(q->data.data, q->w_bit, q->n, p, n);
+  const float code = (float)qm_mpq_code(q, p, n);
   return (double)qm_mpq_decode(q->asym, code, qm_mpq_scale(q, g, n), qm_mpq_zero(q, g, n));
 }
 

@@ -10,9 +10,9 @@
 int32_t qm_reference_mpq_pack(void *context, const qm_mpq_pack_args *args) {
   (void)context;
   const qm_mpq_view *q = &args->q;
-  const qm_mpq_span span = qm_mpq_span_of(q);
   for (int64_t p = 0; p < q->k; p++) {
     const int64_t feature = qm_mpq_feature(q, p), g = qm_mpq_group(q, p);
+    const qm_mpq_span span = qm_mpq_span_for(q, qm_mpq_section_of(q, p)->w_bit);
     for (int64_t n = 0; n < q->n; n++) {
       const float w = qm_load(args->w.data, args->w.dtype, feature * q->n + n);
       const float y =
@@ -25,7 +25,7 @@ int32_t qm_reference_mpq_pack(void *context, const qm_mpq_pack_args *args) {
         rounded = low + (random < within - low ? 1.0f : 0.0f);
       }
       const int32_t steps = (int32_t)rounded, code = (steps + span.half) >> span.bits;
-      qm_mpq_set_field(q->data.data, q->w_bit, q->n, p, n, (uint32_t)code);
+      qm_mpq_set_code(q, p, n, (uint32_t)code);
       if (span.bits > 0)
         qm_mpq_set_field(q->residual.data, span.bits, q->n, p, n,
                          (uint32_t)(steps - (code << span.bits) + span.half));

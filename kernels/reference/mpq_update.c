@@ -49,7 +49,7 @@ static void update_element(const qm_mpq_update_args *args, const qm_adam_numbers
   const float rate = qm_mpq_step_rate(step->rate, scale);
   const float zero = qm_mpq_step_zero(q->asym, scale, qm_mpq_zero(q, g, n));
   const float grad = qm_load(args->grad.data, args->grad.dtype, at) * step->grad_scale;
-  const int32_t code = (int32_t)qm_mpq_field(q->data.data, q->w_bit, q->n, p, n);
+  const int32_t code = (int32_t)qm_mpq_code(q, p, n);
   const float decay = step->decay * ((float)code - zero);
 
   const int has_moments = args->exp_avg.data != NULL;
@@ -82,7 +82,7 @@ static void update_element(const qm_mpq_update_args *args, const qm_adam_numbers
   const int32_t steps = (int32_t)got, new_code = (steps + span->half) >> span->bits;
   health[1] += new_code != code;
   health[2] += got != wanted;
-  qm_mpq_set_field(q->data.data, q->w_bit, q->n, p, n, (uint32_t)new_code);
+  qm_mpq_set_code(q, p, n, (uint32_t)new_code);
   if (span->bits > 0)
     qm_mpq_set_field(q->residual.data, span->bits, q->n, p, n,
                      (uint32_t)(steps - (new_code << span->bits) + span->half));
@@ -105,11 +105,12 @@ int32_t qm_reference_mpq_update(void *context, const qm_mpq_update_args *args) {
   const qm_adam_source source = qm_adam_source_of(&args->options.adam, args->live.data,
                                                   args->scale.data, args->exp_avg.data == NULL);
   const qm_adam_numbers step = qm_adam_in_force(&source);
-  const qm_mpq_span span = qm_mpq_span_of(&args->q);
   int64_t health[4] = {0};
   if (step.skip) return QM_OK;
-  for (int64_t p = 0; p < args->q.k; p++)
+  for (int64_t p = 0; p < args->q.k; p++) {
+    const qm_mpq_span span = qm_mpq_span_for(&args->q, qm_mpq_section_of(&args->q, p)->w_bit);
     for (int64_t n = 0; n < args->q.n; n++) update_element(args, &step, &span, p, n, health);
+  }
   if (args->health.data != NULL)
     for (int i = 0; i < 4; i++) ((int64_t *)args->health.data)[i] += health[i];
   return QM_OK;

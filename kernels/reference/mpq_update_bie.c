@@ -35,7 +35,7 @@ static void update_column(const qm_bie_step *step, int64_t n, float *w, float *u
   const int moves_zeros = step->numbers.noise.step % 5 == 0;
   for (int64_t p = 0; p < q->k; p++) {
     const int64_t g = qm_mpq_group(q, p);
-    const float code = (float)qm_mpq_field(q->data.data, q->w_bit, q->n, p, n);
+    const float code = (float)qm_mpq_code(q, p, n);
     u[p] = qm_bie_direction(step, qm_mpq_feature(q, p) * q->n + n);
     w[p] = qm_bie_decode(step, code, qm_mpq_scale(q, g, n), qm_mpq_zero(q, g, n));
     w[p] = qm_round_to(step->dtype, w[p] + -step->numbers.rate * u[p]);
@@ -43,8 +43,9 @@ static void update_column(const qm_bie_step *step, int64_t n, float *w, float *u
   if (moves_zeros && !q->asym) move_zeros(step, n, u);
   for (int64_t p = 0; p < q->k; p++) {
     const int64_t g = qm_mpq_group(q, p);
-    const uint32_t code = qm_bie_encode(step, w[p], qm_mpq_scale(q, g, n), qm_mpq_zero(q, g, n));
-    qm_mpq_set_field(q->data.data, q->w_bit, q->n, p, n, code);
+    const int32_t w_bit = qm_mpq_section_of(q, p)->w_bit;
+    qm_mpq_set_code(q, p, n,
+                    qm_bie_encode(step, w_bit, w[p], qm_mpq_scale(q, g, n), qm_mpq_zero(q, g, n)));
   }
   if (moves_zeros && q->asym) move_zeros(step, n, u);
 }

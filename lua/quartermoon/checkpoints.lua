@@ -19,7 +19,14 @@ local scopes = require("quartermoon.scope")
 local M = {}
 
 local FORMAT = 1
-local SCALARS = { "w_bit", "group_size", "asym", "layer_type", "residual_bits" }
+local SCALARS = { "w_bit", "group_size", "asym", "zero_offset", "layer_type", "residual_bits", "q_groups" }
+
+---A field in words, to compare: a list is its numbers. Files from before zero_offset had 1.
+local function field(quantized, key)
+  local value = quantized[key]
+  if key == "zero_offset" and value == nil then value = 1 end
+  return type(value) == "table" and table.concat(value, " ") or tostring(value)
+end
 
 ---What a quantized parameter is besides its tensors.
 local function scalars_of(param)
@@ -139,8 +146,8 @@ local function match_quantized(name, entry, saved, file)
     q:add_residual(check.one_of(name, entry.name .. ".residual_bits", saved.residual_bits, { 4, 8 }))
   end
   for _, key in ipairs(SCALARS) do
-    if key ~= "residual_bits" and q[key] ~= saved[key] then
-      check.fail(name, entry.name .. "." .. key, tostring(q[key]), saved[key])
+    if key ~= "residual_bits" and field(q, key) ~= field(saved, key) then
+      check.fail(name, entry.name .. "." .. key, field(q, key), saved[key])
     end
   end
 end

@@ -5,12 +5,14 @@ local check = require("quartermoon.check")
 local random = require("quartermoon.random")
 local scopes = require("quartermoon.scope")
 local tensors = require("quartermoon.tensor")
+local mixed = require("quartermoon.qparam_sections")
 local QParam = require("quartermoon.qparam").QParam
 local lib = binding.lib
 
 local M = {}
 
-local QUANTIZE_OPTIONS = { w_bit = 4, group_size = 64, asym = true, dtype = "f16", method = "minmax", range = 1,
+local QUANTIZE_OPTIONS = { w_bit = 4, group_size = 64, asym = check.optional, zero_offset = 1,
+  sections = check.optional, channel_scale = check.optional, dtype = "f16", method = "minmax", range = 1,
   residual_bits = 0, g_idx = check.optional, q_perm = check.optional, layer_type = check.optional,
   requires_grad = true, grad_dtype = "f32", id = check.optional, name = check.optional }
 
@@ -18,9 +20,13 @@ local QUANTIZE_OPTIONS = { w_bit = 4, group_size = 64, asym = true, dtype = "f16
 ---
 ---@param w qm.Tensor  float [K, N]; K a multiple of 32, and N too for asym
 ---@param options table|nil
----   w_bit = 4              1, 2, 4 or 8
+---   w_bit = 4              1, 2, 3, 4, 5, 6 or 8
 ---   group_size = 64        rows of K to a grid; -1: one group. The last group may be short
----   asym = true            integer zero points (GPTQ), else float zeros
+---   sections               instead of both, mixed widths: a list of { w_bit, rows, group_size = 32 },
+---                          widths descending, rows multiples of 32 that add up to K
+---   asym = true            integer zero points (GPTQ), else float zeros, as with sections
+---   zero_offset = 1        of integer zero points: 1 (GPTQ) or 0 (GPTQ v2, AWQ), see the class
+---   channel_scale          float [K], see the class; owned by the parameter from now on
 ---   dtype = "f16"          of scales (and of float zeros)
 ---   method = "minmax"      or "mse", which shrinks the span to the least squared error
 ---   range = 1              multiplies the span
@@ -33,7 +39,9 @@ function M.quantize(w, options)
   local name = "qm.QParam.quantize"
   check.desc(name, "w", w)
   local o = check.options(name, options, QUANTIZE_OPTIONS)
-  check.one_of(name, "w_bit", o.w_bit, { 1, 2, 4, 8 })
+  check.one_of(name, "w_bit", o.w_bit, mixed.WIDTHS)
+  if o.asym == nil then o.asym = not o.sections end
+  check.type(name, "asym", o.asym, "boolean")
   check.one_of(name, "dtype", o.dtype, { "f32", "f16", "bf16" })
   check.one_of(name, "residual_bits", o.residual_bits, { 0, 4, 8 })
   check.one_of(name, "method", o.method, { "minmax", "mse" })
@@ -47,14 +55,22 @@ function M.quantize(w, options)
   end
   local size = o.group_size == -1 and k or o.group_size
   if size == 0 then check.fail(name, "group_size", "-1 or at least 1", size) end
-  local groups = math.ceil(k / size)
+  local groups, words, q_groups = math.ceil(k / size), k / 32 * o.w_bit, nil
+  if o.sections then
+    q_groups, words = mixed.list(name, o.sections)
+    groups = #q_groups / 2
+    local _, _, _, rows = mixed.parse(name, q_groups, words)
+    if rows ~= k then check.fail(name, "sections", ("K=%d rows in all"):format(k), rows) end
+    if o.asym then check.fail(name, "asym", "false beside sections: mixed widths have float zeros", o.asym) end
+  end
   local function empty(rows, columns, dtype)
     return tensors.empty({ rows, columns }, { dtype = dtype, device = w.device })
   end
   local q = scopes.guard(function() return QParam.new {
-    data = empty(k * o.w_bit / 32, n, "i32"), scales = empty(groups, n, o.dtype),
+    data = empty(words, n, "i32"), scales = empty(groups, n, o.dtype),
     zeros = o.asym and empty(groups, n / 32 * o.w_bit, "i32") or empty(groups, n, o.dtype),
     g_idx = o.g_idx, q_perm = o.q_perm, w_bit = o.w_bit, asym = o.asym, group_size = size, layer_type = o.layer_type,
+    zero_offset = o.zero_offset, q_groups = q_groups, channel_scale = o.channel_scale,
     residual_bits = o.residual_bits,
     residual = o.residual_bits > 0 and empty(k * o.residual_bits / 32, n, "i32") or nil,
     requires_grad = o.requires_grad, grad_dtype = o.grad_dtype, id = o.id, name = o.name,

@@ -95,17 +95,33 @@ function M.round(x)
   return low
 end
 
+---Field i (from 0) of a stream of bits, whose words (from 1) are numbers of either sign.
+function M.stream_field(words, bits, i)
+  local field = 0
+  for b = 0, bits - 1 do
+    local at = i * bits + b
+    local word = words[math.floor(at / 32) + 1] % 2 ^ 32
+    field = field + math.floor(word / 2 ^ (at % 32)) % 2 * 2 ^ b
+  end
+  return field
+end
+
+---Each packed row's width, from 1.
+function M.widths(q)
+  local widths = {}
+  for _, section in ipairs(q.sections or { { w_bit = q.w_bit, rows = q.shape[1] } }) do
+    for _ = 1, section.rows do widths[#widths + 1] = section.w_bit end
+  end
+  return widths
+end
+
 ---Zero points of an asymmetric parameter as numbers, [g][n] from 1.
 function M.zero_points(q)
   if not q.asym then return q.zeros:totable() end
   local words, points = q.zeros:totable(), {}
-  local per_word = 32 / q.w_bit
   for g = 1, #words do
     points[g] = {}
-    for n = 0, q.shape[2] - 1 do
-      local word = words[g][math.floor(n / per_word) + 1] % 2 ^ 32
-      points[g][n + 1] = math.floor(word / 2 ^ (q.w_bit * (n % per_word))) % 2 ^ q.w_bit + 1
-    end
+    for n = 0, q.shape[2] - 1 do points[g][n + 1] = M.stream_field(words[g], q.w_bit, n) + q.zero_offset end
   end
   return points
 end
@@ -128,6 +144,7 @@ end
 ---Group (from 1) and feature (from 1) of packed row p (from 1).
 function M.place(q, p)
   local feature = q.q_perm and q.q_perm:at(p) or p - 1
+  if q.group_map then return q.group_map:at(p) + 1, feature + 1 end
   return (q.g_idx and q.g_idx:at(feature + 1) or math.floor((p - 1) / q.group_size)) + 1, feature + 1
 end
 
@@ -137,8 +154,7 @@ function M.update(q, grad, m, v, o)
   local scales, zeros, codes = q.scales:totable(), M.zero_points(q), q:unpack():totable()
   local residuals = q.residual and M.residuals(q)
   local rb, t = q.residual and q.residual_bits or 0, o.step + 1
-  local unit, half, top = 2 ^ rb, rb > 0 and 2 ^ (rb - 1) or 0, 2 ^ q.w_bit - 1
-  local lowest, highest = -half, top * unit + math.max(half - 1, 0)
+  local unit, half, widths = 2 ^ rb, rb > 0 and 2 ^ (rb - 1) or 0, M.widths(q)
   local correct = o.correct_bias
   local c1, c2 = correct and 1 - o.beta1 ^ t or 1, correct and math.sqrt(1 - o.beta2 ^ t) or 1
   local a, decay = f32(o.lr * c2 / c1), f32(o.lr * o.weight_decay)
@@ -148,6 +164,7 @@ function M.update(q, grad, m, v, o)
   local eps, health = f32(o.eps), { 0, 0, 0, 0 }
   for p = 1, q.shape[1] do
     local g, k = M.place(q, p)
+    local lowest, highest = -half, (2 ^ widths[p] - 1) * unit + math.max(half - 1, 0)
     for n = 1, q.shape[2] do
       local scale, zero, code, gradient = scales[g][n], zeros[g][n], codes[p][n], grad[k][n]
       local rate = f32(a / scale)

@@ -23,11 +23,16 @@ typedef struct qm_mpq_block {
 static inline void qm_mpq_expand_zero_points(float *restrict out, const qm_mpq_view *q, int64_t g,
                                              int64_t first, int64_t count) {
   const int32_t bits = q->w_bit, per_word = 32 / bits;
-  const uint32_t mask = qm_mpq_mask(bits);
-  const uint32_t *words = (const uint32_t *)q->zeros.data + (g * q->n + first) / per_word;
+  const uint32_t mask = qm_mpq_mask(bits), offset = (uint32_t)q->zero_offset;
+  const uint32_t *words = (const uint32_t *)q->zeros.data + (g * q->n + first) / 32 * bits;
+  if (32 % bits != 0) {
+    for (int64_t j = 0; j < count; j++)
+      out[j] = (float)(int32_t)(qm_stream_field(words, 1, bits, j) + offset);
+    return;
+  }
   for (int64_t word = 0; word < count / per_word; word++)
     for (int32_t i = 0; i < per_word; i++)
-      out[word * per_word + i] = (float)(int32_t)((words[word] >> (bits * i) & mask) + 1u);
+      out[word * per_word + i] = (float)(int32_t)((words[word] >> (bits * i) & mask) + offset);
 }
 
 /* Scales and zeros of group g; true where they were not there already. */
@@ -43,13 +48,54 @@ static inline int qm_mpq_enter_group(qm_mpq_block *block, const qm_mpq_view *q, 
   return 1;
 }
 
-/* The words that hold packed row p's fields of `bits`, from the block's first column on. */
+/* Where packed row p's codes are. */
+typedef struct qm_mpq_place {
+  uint32_t *words; /* the word row in which they begin, column 0 */
+  int32_t w_bit, shift;
+  int32_t beyond; /* 1 where they go on in the next word row, else 0 */
+} qm_mpq_place;
+
+static inline qm_mpq_place qm_mpq_place_of(const qm_mpq_view *q, int64_t p) {
+  const qm_mpq_rows *section = qm_mpq_section_of(q, p);
+  const int64_t bit = (p - section->first_row) * section->w_bit;
+  const int32_t shift = (int32_t)(bit & 31);
+  return (qm_mpq_place){
+      .words = (uint32_t *)q->data.data + (section->first_word + (bit >> 5)) * q->n,
+      .w_bit = section->w_bit,
+      .shift = shift,
+      .beyond = shift + section->w_bit > 32,
+  };
+}
+
+/* The fields of a row that goes on in the next words; bits above them are none of theirs. */
+static inline void qm_mpq_join(uint32_t *restrict out, const qm_mpq_place *place,
+                               const qm_mpq_view *q, const qm_mpq_block *block) {
+  const uint32_t *restrict words = place->words + block->first, *restrict next = words + q->n;
+  const int32_t shift = place->shift;
+  for (int64_t j = 0; j < block->count; j++) out[j] = words[j] >> shift | next[j] << (32 - shift);
+}
+
+/* Put filled words back where a row of `codes` is their last, and begin the next ones with what of
+** it goes on there. */
+static inline void qm_mpq_flush_codes(const qm_mpq_place *place, uint32_t *restrict filled,
+                                      const uint32_t *restrict codes, const qm_mpq_block *block) {
+  const size_t size_bytes = (size_t)block->count * sizeof *filled;
+  const int32_t shift = place->shift;
+  if (shift + place->w_bit < 32) return;
+  memcpy(place->words + block->first, filled, size_bytes);
+  if (place->beyond)
+    for (int64_t j = 0; j < block->count; j++) filled[j] = codes[j] >> (32 - shift);
+  else
+    memset(filled, 0, size_bytes);
+}
+
+/* The words that hold packed row p's residuals of `bits`, from the block's first column on. */
 static inline uint32_t *qm_mpq_words(void *words, int32_t bits, const qm_mpq_view *q,
                                      const qm_mpq_block *block, int64_t p) {
   return (uint32_t *)words + p / (32 / bits) * q->n + block->first;
 }
 
-/* Put filled words back when row p is their last, and begin the next ones. */
+/* The same for residuals. */
 static inline void qm_mpq_flush(void *words, uint32_t *filled, int32_t bits, const qm_mpq_view *q,
                                 const qm_mpq_block *grid, int64_t p) {
   const int64_t per_word = 32 / bits;
@@ -80,12 +126,17 @@ static inline float qm_mpq_decode_sym(float code, float scale, float zero, int e
 /* Packed row p of the block, decoded. */
 static inline void qm_mpq_decode_row(float *restrict out, const qm_mpq_view *q,
                                      const qm_mpq_block *block, int64_t p, int with_residual) {
-  const uint32_t *restrict words = qm_mpq_words(q->data.data, q->w_bit, q, block, p);
+  const qm_mpq_place place = qm_mpq_place_of(q, p);
+  const uint32_t *restrict words = place.words + block->first, *restrict next = words + q->n;
   const float *restrict scale = block->scale, *restrict zero = block->zero;
-  const int32_t shift = q->w_bit * (int32_t)(p % (32 / q->w_bit));
-  const uint32_t mask = qm_mpq_mask(q->w_bit);
+  const int32_t shift = place.shift;
+  const uint32_t mask = qm_mpq_mask(place.w_bit);
   const int64_t n = block->count;
-  for (int64_t j = 0; j < n; j++) out[j] = (float)(int32_t)(words[j] >> shift & mask);
+  if (place.beyond)
+    for (int64_t j = 0; j < n; j++)
+      out[j] = (float)(int32_t)((words[j] >> shift | next[j] << (32 - shift)) & mask);
+  else
+    for (int64_t j = 0; j < n; j++) out[j] = (float)(int32_t)(words[j] >> shift & mask);
   if (with_residual) {
     const qm_mpq_span span = qm_mpq_span_of(q);
     const uint32_t *restrict rest = qm_mpq_words(q->residual.data, span.bits, q, block, p);

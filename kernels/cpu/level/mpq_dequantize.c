@@ -29,14 +29,19 @@ int32_t QM_CPU(mpq_dequantize)(void *context, const qm_mpq_dequantize_args *args
 int32_t QM_CPU(mpq_unpack)(void *context, const qm_mpq_unpack_args *args) {
   (void)context;
   const qm_mpq_view *q = &args->q;
-  const uint32_t mask = qm_mpq_mask(q->w_bit);
-  const int64_t n = q->n, per_word = 32 / q->w_bit;
+  const int64_t n = q->n;
 #pragma omp parallel for schedule(static) if (q->k * n > QM_MPQ_SERIAL_MAX)
   for (int64_t p = 0; p < q->k; p++) {
-    const uint32_t *restrict words = (const uint32_t *)q->data.data + p / per_word * n;
+    const qm_mpq_place place = qm_mpq_place_of(q, p);
+    const uint32_t *restrict words = place.words, *restrict next = words + n;
     uint8_t *restrict codes = (uint8_t *)args->codes.data + p * n;
-    const int32_t shift = q->w_bit * (int32_t)(p % per_word);
-    for (int64_t j = 0; j < n; j++) codes[j] = (uint8_t)(words[j] >> shift & mask);
+    const int32_t shift = place.shift;
+    const uint32_t mask = qm_mpq_mask(place.w_bit);
+    if (place.beyond == 0)
+      for (int64_t j = 0; j < n; j++) codes[j] = (uint8_t)(words[j] >> shift & mask);
+    else
+      for (int64_t j = 0; j < n; j++)
+        codes[j] = (uint8_t)((words[j] >> shift | next[j] << (32 - shift)) & mask);
   }
   return QM_OK;
 }

@@ -29,6 +29,7 @@ typedef struct fit_block {
   const qm_mpq_fit_args *args;
   int64_t first, count;      /* columns */
   const int64_t *rows, *end; /* packed rows of the group */
+  qm_mpq_grid_kind kind;
   float lo[FIT_COLUMNS], hi[FIT_COLUMNS], w[FIT_COLUMNS];
   qm_mpq_grid best[FIT_COLUMNS];
 } fit_block;
@@ -63,7 +64,7 @@ static void find_ends(fit_block *block) {
 
 static void squared_errors(fit_block *block, const qm_mpq_grid *grids, double *restrict errors) {
   const int32_t asym = block->args->q.asym;
-  const float top = (float)qm_mpq_mask(block->args->q.w_bit);
+  const float top = (float)qm_mpq_mask(block->kind.w_bit);
   float scale[FIT_COLUMNS], zero[FIT_COLUMNS];
   for (int64_t j = 0; j < block->count; j++) {
     scale[j] = grids[j].scale;
@@ -84,7 +85,6 @@ static void squared_errors(fit_block *block, const qm_mpq_grid *grids, double *r
 
 static void fit_group(fit_block *block) {
   const qm_mpq_fit_args *args = block->args;
-  const qm_mpq_view *q = &args->q;
   const int32_t tries = args->method == QM_FIT_MSE ? QM_MPQ_FIT_TRIES : 1;
   qm_mpq_grid grids[FIT_COLUMNS];
   double least[FIT_COLUMNS] = {0}, errors[FIT_COLUMNS] = {0};
@@ -92,8 +92,7 @@ static void fit_group(fit_block *block) {
   for (int32_t i = 0; i < tries; i++) {
     const float factor = qm_mpq_fit_factor(args->range, i);
     for (int64_t j = 0; j < block->count; j++)
-      grids[j] = qm_mpq_grid_scaled(block->lo[j], block->hi[j], factor, q->w_bit, q->asym,
-                                    q->scales.dtype);
+      grids[j] = qm_mpq_grid_scaled(block->lo[j], block->hi[j], factor, block->kind);
     if (tries > 1) squared_errors(block, grids, errors);
     for (int64_t j = 0; j < block->count; j++) {
       if (i > 0 && !(errors[j] < least[j])) continue;
@@ -130,6 +129,9 @@ int32_t QM_CPU(mpq_fit)(void *context, const qm_mpq_fit_args *args) {
         block.count = QM_MIN(FIT_COLUMNS, q->n - n);
         block.rows = order.rows + order.starts[g];
         block.end = order.rows + order.starts[g + 1];
+        const qm_mpq_rows *section =
+            block.rows < block.end ? qm_mpq_section_of(q, *block.rows) : q->sections;
+        block.kind = qm_mpq_grid_kind_of(q, section->w_bit);
         fit_group(&block);
         store_grids(&block, g);
       }

@@ -8,7 +8,8 @@
 
 typedef struct pack_block {
   qm_mpq_block grid;
-  uint32_t codes[QM_MPQ_COLUMNS], residual[QM_MPQ_COLUMNS], random[QM_MPQ_COLUMNS];
+  uint32_t words[QM_MPQ_COLUMNS], residual[QM_MPQ_COLUMNS]; /* being filled */
+  uint32_t codes[QM_MPQ_COLUMNS], random[QM_MPQ_COLUMNS];   /* of one row */
   float w[QM_MPQ_COLUMNS];
 } pack_block;
 
@@ -39,34 +40,38 @@ static void round_row(pack_block *block, int stochastic) {
   }
 }
 
-static void pack_row(const qm_mpq_pack_args *args, const qm_mpq_span *span, pack_block *block,
-                     int64_t p) {
+static void pack_row(const qm_mpq_pack_args *args, pack_block *block, int64_t p) {
   const qm_mpq_view *q = &args->q;
+  const qm_mpq_place place = qm_mpq_place_of(q, p);
+  const qm_mpq_span span = qm_mpq_span_for(q, place.w_bit);
   const int64_t n = block->grid.count, first = block->grid.first;
   qm_expand(block->w, args->w.data, args->w.dtype, qm_mpq_feature(q, p) * q->n + first, n);
   qm_mpq_enter_group(&block->grid, q, qm_mpq_group(q, p));
   if (args->stochastic)
     qm_noise_words(block->random, &args->noise, (uint64_t)(p * q->n + first), n);
-  encode_row(block, span, q->asym);
+  encode_row(block, &span, q->asym);
   round_row(block, args->stochastic);
-  const int32_t shift = q->w_bit * (int32_t)(p % (32 / q->w_bit)), half = span->half;
-  const int32_t bits = span->bits;
+  const int32_t shift = place.shift, half = span.half, bits = span.bits;
   const float *restrict steps = block->w;
-  uint32_t *restrict codes = block->codes, *restrict residual = block->residual;
-  for (int64_t j = 0; j < n; j++)
-    codes[j] |= (uint32_t)(((int32_t)steps[j] + half) >> bits) << shift;
+  uint32_t *restrict words = block->words, *restrict codes = block->codes;
+  uint32_t *restrict residual = block->residual;
+  for (int64_t j = 0; j < n; j++) {
+    codes[j] = (uint32_t)(((int32_t)steps[j] + half) >> bits);
+    words[j] |= codes[j] << shift;
+  }
+  qm_mpq_flush_codes(&place, words, codes, &block->grid);
   if (bits == 0) return;
   const int32_t rest_shift = bits * (int32_t)(p % (32 / bits));
   for (int64_t j = 0; j < n; j++) {
     const int32_t step = (int32_t)steps[j], code = (step + half) >> bits;
     residual[j] |= (uint32_t)(step - code * (1 << bits) + half) << rest_shift;
   }
+  qm_mpq_flush(q->residual.data, residual, bits, q, &block->grid, p);
 }
 
 int32_t QM_CPU(mpq_pack)(void *context, const qm_mpq_pack_args *args) {
   (void)context;
   const qm_mpq_view *q = &args->q;
-  const qm_mpq_span span = qm_mpq_span_of(q);
 #pragma omp parallel for collapse(2) schedule(static) if (q->k * q->n > QM_MPQ_SERIAL_MAX)
   for (int64_t row = 0; row < q->k; row += QM_MPQ_ROWS) {
     for (int64_t n = 0; n < q->n; n += QM_MPQ_COLUMNS) {
@@ -74,14 +79,9 @@ int32_t QM_CPU(mpq_pack)(void *context, const qm_mpq_pack_args *args) {
       block.grid.first = n;
       block.grid.count = QM_MIN(QM_MPQ_COLUMNS, q->n - n);
       block.grid.group = -1;
-      memset(block.codes, 0, sizeof block.codes);
+      memset(block.words, 0, sizeof block.words);
       memset(block.residual, 0, sizeof block.residual);
-      for (int64_t p = row; p < row + QM_MPQ_ROWS; p++) {
-        pack_row(args, &span, &block, p);
-        qm_mpq_flush(q->data.data, block.codes, q->w_bit, q, &block.grid, p);
-        if (span.bits > 0)
-          qm_mpq_flush(q->residual.data, block.residual, span.bits, q, &block.grid, p);
-      }
+      for (int64_t p = row; p < row + QM_MPQ_ROWS; p++) pack_row(args, &block, p);
     }
   }
   return QM_OK;

@@ -13,7 +13,6 @@ enum { MOMENTS_NONE = 0, MOMENTS_F32 = 1, MOMENTS_BF16 = 2 };
 typedef struct update_call {
   const qm_mpq_update_args *args;
   qm_adam_numbers step;
-  qm_mpq_span span;
   int moments; /* MOMENTS_* */
 } update_call;
 
@@ -26,6 +25,7 @@ typedef struct update_block {
   qm_mpq_block grid;
   float rate[QM_MPQ_COLUMNS], zero[QM_MPQ_COLUMNS]; /* in code units, see qm_mpq_step_rate */
   uint32_t codes[QM_MPQ_COLUMNS], residual[QM_MPQ_COLUMNS]; /* words being filled */
+  uint32_t joined[QM_MPQ_COLUMNS], parted[QM_MPQ_COLUMNS];  /* codes that straddle words */
   uint32_t random[QM_MPQ_COLUMNS];
   qm_noise_keys keys, moment_keys;                                  /* streams CODES and EXP_AVG */
   float grad[QM_MPQ_COLUMNS], m[QM_MPQ_COLUMNS], v[QM_MPQ_COLUMNS]; /* where they are not f32 */
@@ -39,7 +39,10 @@ typedef struct update_row {
   const char *next_grad, *next_m, *next_v; /* of the row that is to come */
   int64_t grad_bytes, moment_bytes;        /* of one element */
   const uint32_t *codes, *residual;        /* words before */
+  uint32_t *new_codes;                     /* words being filled */
   int32_t shift, residual_shift;
+  uint32_t mask; /* of a code */
+  qm_mpq_span span;
 } update_row;
 
 /* Ask for the cache lines of the next row's columns from j on: 16 of them, a line of f32. */
@@ -59,15 +62,15 @@ static inline __attribute__((always_inline)) void step_row(const update_call *ca
                                                            int64_t from, int feedback, int rounding,
                                                            int has_moments) {
   const qm_adam_numbers c = call->step;
-  const qm_mpq_span span = call->span;
-  const uint32_t mask = qm_mpq_mask(call->args->q.w_bit);
+  const qm_mpq_span span = row->span;
+  const uint32_t mask = row->mask;
   const uint32_t residual_mask = span.bits > 0 ? qm_mpq_mask(span.bits) : 0;
   const int32_t shift = row->shift, residual_shift = row->residual_shift;
   const float *restrict grad = row->grad, *restrict rate = block->rate;
   const float *restrict zero = block->zero, *restrict scale = block->grid.scale;
   const uint32_t *restrict codes = row->codes, *restrict residual = row->residual;
   const uint32_t *restrict random = block->random;
-  uint32_t *restrict new_codes = block->codes, *restrict new_residual = block->residual;
+  uint32_t *restrict new_codes = row->new_codes, *restrict new_residual = block->residual;
   int32_t moved = 0, clipped = 0, skipped = 0;
   for (int64_t j = from; j < block->grid.count; j++) {
     const int32_t code = (int32_t)(codes[j] >> shift & mask);

@@ -45,7 +45,7 @@ QM_STEP_INLINE __m512i step_integer(int32_t x) { return _mm512_set1_epi32(x); }
 static inline step_row_512 step_row_512_of(const update_call *call, update_block *block,
                                            const update_row *row) {
   const qm_adam_numbers *c = &call->step;
-  const qm_mpq_span *span = &call->span;
+  const qm_mpq_span *span = &row->span;
   return (step_row_512){
       .beta1 = step_splat(c->beta1),
       .one_minus_beta1 = step_splat(c->one_minus_beta1),
@@ -64,14 +64,14 @@ static inline step_row_512 step_row_512_of(const update_call *call, update_block
       .residual_shift = step_integer(row->residual_shift),
       .residual_mask = step_integer((1 << span->bits) - 1),
       .shift = step_integer(row->shift),
-      .mask = step_integer((1 << call->args->q.w_bit) - 1),
+      .mask = step_integer((int32_t)row->mask),
       .grad = row->grad,
       .zero = block->zero,
       .rate = block->rate,
       .scale = block->grid.scale,
       .codes = row->codes,
       .residual = row->residual,
-      .new_codes = block->codes,
+      .new_codes = row->new_codes,
       .new_residual = block->residual,
       .m = row->m,
       .v = row->v,

@@ -118,7 +118,7 @@ static void update_row_at(const update_call *call, update_block *block, int64_t 
   const int64_t n = block->grid.count, first = block->grid.first;
   const int64_t at = qm_mpq_feature(q, p) * q->n + first;
   const int64_t next = qm_mpq_feature(q, QM_MIN(p + 1, q->k - 1)) * q->n + first;
-  const int32_t residual_bits = call->span.bits;
+  const qm_mpq_place codes = qm_mpq_place_of(q, p);
   enter_group(call, block, qm_mpq_group(q, p));
   update_row row = {.grad = f32_row(&args->grad, at, 0, n, block->grad),
                     .m = place(&args->exp_avg, at),
@@ -129,8 +129,19 @@ static void update_row_at(const update_call *call, update_block *block, int64_t 
                     .next_v = place(&args->exp_avg_sq, next),
                     .grad_bytes = qm_element_size(args->grad.dtype),
                     .moment_bytes = qm_element_size(args->exp_avg.dtype),
-                    .codes = qm_mpq_words(q->data.data, q->w_bit, q, &block->grid, p),
-                    .shift = q->w_bit * (int32_t)(p % (32 / q->w_bit))};
+                    .codes = codes.words + first,
+                    .new_codes = block->codes,
+                    .shift = codes.shift,
+                    .mask = qm_mpq_mask(codes.w_bit),
+                    .span = qm_mpq_span_for(q, codes.w_bit)};
+  const int32_t residual_bits = row.span.bits;
+  if (codes.beyond) { /* the step works on whole fields */
+    qm_mpq_join(block->joined, &codes, q, &block->grid);
+    memset(block->parted, 0, (size_t)n * sizeof *block->parted);
+    row.codes = block->joined;
+    row.new_codes = block->parted;
+    row.shift = 0;
+  }
   if (residual_bits > 0) {
     row.residual = qm_mpq_words(q->residual.data, residual_bits, q, &block->grid, p);
     row.residual_shift = residual_bits * (int32_t)(p % (32 / residual_bits));
@@ -140,11 +151,15 @@ static void update_row_at(const update_call *call, update_block *block, int64_t 
   done = step_quickly(call, block, &row, counts);
 #endif
   if (done < n) step_plainly(call, block, &row, counts, at, done);
+  if (codes.beyond)
+    for (int64_t j = 0; j < n; j++) block->codes[j] |= block->parted[j] << codes.shift;
+  qm_mpq_flush_codes(&codes, block->codes, block->parted, &block->grid);
+  if (residual_bits > 0)
+    qm_mpq_flush(q->residual.data, block->residual, residual_bits, q, &block->grid, p);
 }
 
 static update_counts update_rows(const update_call *call, int64_t first_row, int64_t end_row,
                                  int64_t first_column, int64_t columns) {
-  const qm_mpq_view *q = &call->args->q;
   update_counts counts = {0};
   update_block block;
   block.grid.first = first_column;
@@ -152,12 +167,7 @@ static update_counts update_rows(const update_call *call, int64_t first_row, int
   block.grid.group = -1;
   memset(block.codes, 0, sizeof block.codes);
   memset(block.residual, 0, sizeof block.residual);
-  for (int64_t p = first_row; p < end_row; p++) {
-    update_row_at(call, &block, p, &counts);
-    qm_mpq_flush(q->data.data, block.codes, q->w_bit, q, &block.grid, p);
-    if (call->span.bits > 0)
-      qm_mpq_flush(q->residual.data, block.residual, call->span.bits, q, &block.grid, p);
-  }
+  for (int64_t p = first_row; p < end_row; p++) update_row_at(call, &block, p, &counts);
   return counts;
 }
 
@@ -169,7 +179,6 @@ int32_t QM_CPU(mpq_update)(void *context, const qm_mpq_update_args *args) {
   const update_call call = {
       .args = args,
       .step = qm_adam_in_force(&source),
-      .span = qm_mpq_span_of(q),
       .moments = args->exp_avg.data == NULL       ? MOMENTS_NONE
                  : args->exp_avg.dtype == QM_BF16 ? MOMENTS_BF16
                                                   : MOMENTS_F32,

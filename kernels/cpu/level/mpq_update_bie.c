@@ -42,7 +42,7 @@ static void step_rows(const qm_bie_step *step, bie_block *block) {
     float *w = block->w + p * BIE_COLUMNS, *u = block->u + p * BIE_COLUMNS;
     for (int64_t j = 0; j < block->count; j++) {
       const int64_t n = block->first + j;
-      const float code = (float)qm_mpq_field(q->data.data, q->w_bit, q->n, p, n);
+      const float code = (float)qm_mpq_code(q, p, n);
       u[j] = qm_bie_direction(step, at + j);
       w[j] = qm_bie_decode(step, code, qm_mpq_scale(q, g, n), qm_mpq_zero(q, g, n));
       w[j] = qm_round_to(step->dtype, w[j] + -step->numbers.rate * u[j]);
@@ -71,11 +71,12 @@ static void pack_rows(const qm_bie_step *step, const bie_block *block) {
   const qm_mpq_view *q = &step->args->q;
   for (int64_t p = 0; p < q->k; p++) {
     const int64_t g = qm_mpq_group(q, p);
+    const int32_t w_bit = qm_mpq_section_of(q, p)->w_bit;
     for (int64_t j = 0; j < block->count; j++) {
       const int64_t n = block->first + j;
-      qm_mpq_set_field(q->data.data, q->w_bit, q->n, p, n,
-                       qm_bie_encode(step, block->w[p * BIE_COLUMNS + j], qm_mpq_scale(q, g, n),
-                                     qm_mpq_zero(q, g, n)));
+      qm_mpq_set_code(q, p, n,
+                      qm_bie_encode(step, w_bit, block->w[p * BIE_COLUMNS + j],
+                                    qm_mpq_scale(q, g, n), qm_mpq_zero(q, g, n)));
     }
   }
 }

@@ -120,8 +120,7 @@ function QLinear:forward(x) return qm.qlinear(x, self.weight, self.bias) end
 
 function QLinear:summary()
   local q = self.weight
-  return ("%d -> %d, %d bit, group %d%s"):format(q.shape[1], q.shape[2], q.w_bit, q.group_size,
-    self.bias and ", bias" or "")
+  return ("%d -> %d, %s%s"):format(q.shape[1], q.shape[2], q:layout(), self.bias and ", bias" or "")
 end
 
 ---@param kind string "mpq" (quantized) or "dense"

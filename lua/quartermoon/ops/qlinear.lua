@@ -1,5 +1,6 @@
 ---The linear layer over a quantized weight.
 
+local ffi = require("ffi")
 local binding = require("quartermoon.ffi")
 local check = require("quartermoon.check")
 local autograd = require("quartermoon.autograd")
@@ -35,6 +36,14 @@ local function with_weight(q, dtype, body)
   return result
 end
 
+---x times the parameter's channel scale, a new tensor; x itself where there is none.
+local function scaled(name, x, q)
+  if not q.channel_scale then return x end
+  local out = x:empty_like()
+  binding.check(lib.qm_binary(ffi.C.QM_MUL, x.desc, q.channel_scale.desc, out.desc), name, out)
+  return out
+end
+
 local function multiply(name, x, q, bias)
   if is_fused(x) then return product.add_bias(name, bias, fused(name, x, q, false)) end
   local y = tensors.empty({ x.shape[1], q.shape[2] }, { dtype = x.dtype, device = x.device })
@@ -43,8 +52,19 @@ end
 
 local function input_gradient(name, x, q, dout)
   if not needs_grad(x) then return nil end
-  if is_fused(x) then return fused(name, dout, q, true) end
-  return with_weight(q, x.dtype, function(w) return product.gradient(name, x, dout, w, false, true) end)
+  local dx
+  if is_fused(x) then
+    dx = fused(name, dout, q, true)
+  else
+    dx = with_weight(q, x.dtype, function(w)
+      if not q.channel_scale then return product.gradient(name, x, dout, w, false, true) end
+      return product.gemm(name, dout, w, x:empty_like(), false, true)
+    end)
+  end
+  if not q.channel_scale then return dx end
+  local through = scaled(name, dx, q)
+  dx:free()
+  return through
 end
 
 ---privileged_grad += x^T dout, in f32 or, where q.grad_dtype says so, in bf16.
@@ -54,7 +74,8 @@ local function gather_gradient(name, q, x, dout)
   q.privileged_grad = product.gemm(name, x, dout, sum, true, false, beta):keep()
 end
 
----Linear layer over a quantized weight: `x W (+ bias)`, W the K x N dequantized weight.
+---Linear layer over a quantized weight: `x W (+ bias)`, W the K x N dequantized weight. Where the
+---parameter has a channel scale, x is multiplied by it first, and what follows says x of that.
 ---
 ---Few rows are multiplied straight from the codes; for many the dense weight exists while a product
 ---runs, in forward and again in backward. Backward adds `x^T dy` to `q.privileged_grad` ([K, N] of
@@ -73,12 +94,14 @@ function M.qlinear(x, q, bias)
     check.fail(name, "x", ("a matrix of K=%d columns, for %s"):format(q.shape[1], tostring(q)), x)
   end
   product.check_bias(name, bias, q.shape[2])
+  local input = scaled(name, x, q)
   local out = scopes.guard(function()
-    return multiply(name, x, q, bias)
+    return multiply(name, input, q, bias)
   end)
-  return record("qlinear", { x, q, bias or false }, { out }, {}, function(dout)
+  local saved = input ~= x and { input } or {}
+  return record("qlinear", { x, q, bias or false }, { out }, saved, function(dout)
     local dx = input_gradient(name, x, q, dout)
-    if q.requires_grad then gather_gradient(name, q, x, dout) end
+    if q.requires_grad then gather_gradient(name, q, input, dout) end
     return dx, nil, product.bias_gradient(name, bias, dout)
   end)
 end
