@@ -38,14 +38,13 @@ static __device__ qm_mpq_grid fit(const qm_mpq_fit_args &args, qm_cuda_late *lat
     lo = lo < 0.0f ? lo : 0.0f;
     hi = hi > 0.0f ? hi : 0.0f;
   }
-  const int32_t dtype = q.scales.dtype;
+  const qm_mpq_grid_kind kind = qm_mpq_grid_kind_of(&q, q.w_bit);
   const int32_t tries = args.method == QM_FIT_MSE ? QM_MPQ_FIT_TRIES : 1;
   const float top = (float)qm_mpq_mask(q.w_bit);
   qm_mpq_grid best = {0.0f, 0.0f};
   double least = HUGE_VAL;
   for (int32_t i = 0; i < tries; i++) {
-    const qm_mpq_grid grid =
-        qm_mpq_grid_scaled(lo, hi, qm_mpq_fit_factor(args.range, i), q.w_bit, q.asym, dtype);
+    const qm_mpq_grid grid = qm_mpq_grid_scaled(lo, hi, qm_mpq_fit_factor(args.range, i), kind);
     double sum = 0.0;
     if (tries > 1)
       each_weight(args, late, g, n, [&](float w) {

@@ -54,7 +54,7 @@ static __global__ void bie_codes(const __grid_constant__ bie_call call, int64_t 
         const float u = qm_bie_standing(&step, place.feature * q.n + n);
         float w = qm_bie_decode(&step, old, scale, qm_mpq_zero(&before, place.group, n));
         w = qm_round_to(step.dtype, w + -step.numbers.rate * u);
-        code = qm_bie_encode(&step, w, scale, qm_mpq_zero(&q, place.group, n));
+        code = qm_bie_encode(&step, q.w_bit, w, scale, qm_mpq_zero(&q, place.group, n));
       }
       codes.put(p, n, q.n, code);
     }
