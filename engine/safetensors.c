@@ -273,6 +273,29 @@ int32_t qm_safetensors_metadata(const qm_safetensors *file, int64_t index, const
   return QM_OK;
 }
 
+/* Copy in pieces, telling the system after each that its pages are not needed any more: a process
+** that reads a file larger than its memory holds one piece of it at a time. */
+static int32_t copy_out(const qm_safetensors *file, const entry *e, const qm_tensor *out) {
+  const int64_t piece_bytes = (int64_t)1 << 26;
+  const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
+  if (e->end == e->begin) return qm_write(out, file->data + e->begin, 0);
+  int32_t status = QM_OK;
+  for (int64_t at = e->begin; status == QM_OK && at < e->end; at += piece_bytes) {
+    const int64_t bytes = e->end - at < piece_bytes ? e->end - at : piece_bytes;
+    const qm_tensor piece = {.storage = out->storage,
+                             .offset_bytes = out->offset_bytes + (at - e->begin),
+                             .shape = {bytes},
+                             .ndim = 1,
+                             .dtype = QM_U8};
+    status = qm_write(&piece, file->data + at, bytes);
+    if (file->map == NULL) continue;
+    const uintptr_t first = (uintptr_t)(file->data + at);
+    const uintptr_t begin = first - first % page;
+    (void)madvise((void *)begin, (size_t)(first + (uintptr_t)bytes - begin), MADV_DONTNEED);
+  }
+  return status;
+}
+
 int32_t qm_safetensors_read(const qm_safetensors *file, int64_t index, const qm_tensor *out) {
   const entry *e = entry_at(file, index);
   if (e == NULL || out == NULL)
@@ -290,5 +313,5 @@ int32_t qm_safetensors_read(const qm_safetensors *file, int64_t index, const qm_
     return qm__fail(QM_E_ARGUMENT, "argument 'out': tensor '%s' is %s, got %s", e->name, expected,
                     got);
   }
-  return qm_write(out, file->data + e->begin, e->end - e->begin);
+  return copy_out(file, e, out);
 }

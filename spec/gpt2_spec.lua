@@ -111,7 +111,7 @@ describe("qm.models.gpt2", function()
   it("refuses what does not fit", function()
     assert.error_matches(function() tiny({ n_head = 3 }) end, "a divisor of n_embd=8, got number 3", 1, true)
     assert.error_matches(function() tiny({ activation_function = "relu" }) end,
-      "expected one of 'gelu_new', 'gelu', got string 'relu'", 1, true)
+      "expected one of 'gelu_new', 'gelu', 'gelu_pytorch_tanh', 'gelu_fast', got string 'relu'", 1, true)
     local nine = ids({ 1, 1, 1, 1, 1, 1, 1, 1, 1 })
     assert.error_matches(function() tiny():loss(nine, nine) end, "sequences of at most 8 tokens, got number 9", 1, true)
   end)

@@ -20,8 +20,11 @@ local GPT2 = decoder.class("GPT2")
 M.GPT2 = GPT2
 
 local CONFIG = { vocab_size = 50257, n_embd = 768, n_layer = 12, n_head = 12, n_positions = 1024,
-  n_inner = check.optional, layer_norm_epsilon = 1e-5, activation_function = "gelu_new", initializer_range = 0.02 }
-local ACTIVATIONS = { gelu_new = "tanh", gelu = "none" } -- Hugging Face's names for forms of qm.gelu
+  n_inner = check.optional, layer_norm_epsilon = 1e-5, activation_function = "gelu_new", initializer_range = 0.02,
+  tie_word_embeddings = true, scale_attn_weights = true, scale_attn_by_inverse_layer_idx = false }
+-- Hugging Face's names for forms of qm.gelu.
+local ACTIVATIONS = { gelu_new = "tanh", gelu_pytorch_tanh = "tanh", gelu_fast = "tanh", gelu = "none" }
+M.ACTIVATIONS = { "gelu_new", "gelu", "gelu_pytorch_tanh", "gelu_fast" }
 
 local function check_config(name, config)
   config = check.options(name, config, CONFIG)
@@ -29,7 +32,7 @@ local function check_config(name, config)
   for _, key in ipairs({ "vocab_size", "n_embd", "n_layer", "n_head", "n_positions", "n_inner" }) do
     check.integer(name, key, config[key], 1, 2 ^ 31 - 1)
   end
-  check.one_of(name, "activation_function", config.activation_function, { "gelu_new", "gelu" })
+  check.one_of(name, "activation_function", config.activation_function, M.ACTIVATIONS)
   if config.n_embd % config.n_head ~= 0 then
     check.fail(name, "n_head", "a divisor of n_embd=" .. config.n_embd, config.n_head)
   end
@@ -41,9 +44,11 @@ end
 ---Causal self-attention whose queries, keys and values one projection makes.
 local Attention = nn.class("GPT2Attention")
 
-local function new_attention(config, layer)
+local function new_attention(config, layer, index)
   local self = nn.create(Attention)
   self.heads, self.head_size = config.n_head, config.n_embd / config.n_head
+  local scale = config.scale_attn_weights and 1 / math.sqrt(self.head_size) or 1
+  self.settings = { scale = config.scale_attn_by_inverse_layer_idx and scale / index or scale }
   self:register("c_attn", layer(config.n_embd, 3 * config.n_embd))
   self:register("c_proj", layer(config.n_embd, config.n_embd, true))
   return self
@@ -54,13 +59,14 @@ local function attend_kept(self, qkv, context, kept)
   local turned = qkv:permute(2, 1, 3)
   local function part(i) return turned:narrow((i - 1) * self.heads + 1, self.heads):permute(2, 1, 3) end
   local k, v = kept:append(part(2), part(3))
-  return qm.attention(part(1), k, v, context.cu_q, context.cu_k)
+  return qm.attention(part(1), k, v, context.cu_q, context.cu_k, self.settings)
 end
 
 function Attention:forward(x, context, kept)
   local rows = x.shape[1]
   local qkv = self.c_attn(x):reshape(rows, 3 * self.heads, self.head_size)
-  local out = kept and attend_kept(self, qkv, context, kept) or qm.attention_packed(qkv, context.cu_q, self.heads)
+  local out = kept and attend_kept(self, qkv, context, kept)
+    or qm.attention_packed(qkv, context.cu_q, self.heads, self.settings)
   return self.c_proj(out:reshape(rows, self.heads * self.head_size))
 end
 
@@ -83,10 +89,10 @@ function MLP:forward(x) return self.c_proj(qm.gelu(self.c_fc(x), self.form)) end
 ---One pre-norm layer; as nn.Block it leaves adding to the residual stream to the next normalisation.
 local Block = nn.class("GPT2Block")
 
-local function new_block(config, layer, norm)
+local function new_block(config, layer, norm, index)
   local self = nn.create(Block)
   self:register("ln_1", norm())
-  self:register("attn", new_attention(config, layer))
+  self:register("attn", new_attention(config, layer, index))
   self:register("ln_2", norm())
   self:register("mlp", new_mlp(config, layer))
   return self
@@ -120,7 +126,7 @@ local function new_transformer(config, vocab_rows, linear, activations, more)
   self:register("wte", table_of(vocab_rows))
   self:register("wpe", table_of(config.n_positions))
   local blocks = self:register("h", nn.List.new())
-  for _ = 1, config.n_layer do blocks:append(new_block(config, layer, norm)) end
+  for i = 1, config.n_layer do blocks:append(new_block(config, layer, norm, i)) end
   self:register("ln_f", norm())
   return self
 end
@@ -128,7 +134,8 @@ end
 ---A fresh model.
 ---@param config table  Hugging Face's names: vocab_size = 50257, n_embd = 768, n_layer = 12, n_head = 12,
 ---   n_positions = 1024, n_inner = 4 n_embd, layer_norm_epsilon = 1e-5, activation_function = "gelu_new"
----   (GELU's tanh form) or "gelu" (the exact one), initializer_range = 0.02
+---   (GELU's tanh form) or "gelu" (the exact one), initializer_range = 0.02, tie_word_embeddings = true,
+---   scale_attn_weights = true, scale_attn_by_inverse_layer_idx = false
 ---@param options table|nil  { dtype = "auto" ("f32", "bf16": of activations; auto: bf16 where the device
 ---   is fast at it), linear = { kind = "mpq", w_bit = 4, group_size = 64, ... } or { kind = "dense" },
 ---   checkpoint = false (true: blocks recompute in backward instead of storing), vocab_multiple = 1 (the
@@ -147,9 +154,20 @@ function M.new(config, options)
   self.cache_heads = { layers = config.n_layer, heads = config.n_head, head_size = config.n_embd / config.n_head }
   local vocab_rows = math.ceil(config.vocab_size / multiple) * multiple
   self:register("transformer", new_transformer(config, vocab_rows, linear, self.dtype, more))
-  self.tied_weight = self.transformer.wte.weight
+  self:tie()
+  if not config.tie_word_embeddings then
+    self:register("lm_head", nn.Linear.new(config.n_embd, config.vocab_size, { std = config.initializer_range,
+      device = more.device, generator = more.generator }))
+  end
   return self
 end
+
+---Note which weight the head shares with the embedding, once that has one.
+function GPT2:tie() self.tied_weight = self.transformer.wte.weight end
+
+---Published folders put this before the decoder's names; of linear layers only the head lies [outputs, inputs].
+GPT2.base_prefix = "transformer."
+function GPT2.stores_transposed(path) return path == "lm_head" end
 
 function GPT2:hidden_states(tokens, context, cache)
   local transformer = self.transformer
@@ -163,6 +181,6 @@ function GPT2:summary()
   return ("%d layers of %d, %s activations"):format(self.config.n_layer, self.config.n_embd, self.dtype)
 end
 
-check.methods("qm.models.GPT2", GPT2)
+check.methods("qm.models.GPT2", GPT2, { stores_transposed = true })
 
 return M

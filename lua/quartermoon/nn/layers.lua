@@ -23,6 +23,10 @@ local function new_bias(outputs, options)
   return tensors.zeros({ outputs }, { device = options.device, requires_grad = true })
 end
 
+local function bias_of(self, size, options)
+  module.parameter(self, "bias", { size }, function() return new_bias(size, options) end)
+end
+
 ---------------------------------------------------------------------------------------------------
 
 ---A dense linear layer, `x weight + bias`.
@@ -43,8 +47,10 @@ function Linear.new(inputs, outputs, options)
   options = check.options(name, options, { bias = false, std = default_std(inputs), dtype = "f32",
     device = check.optional, generator = check.optional })
   local self = module.create(Linear)
-  self:register("weight", draw(name, { inputs, outputs }, options.std, options):requires_gradient())
-  if options.bias then self:register("bias", new_bias(outputs, options)) end
+  module.parameter(self, "weight", { inputs, outputs }, function()
+    return draw(name, { inputs, outputs }, options.std, options):requires_gradient()
+  end, { dtype = options.dtype })
+  if options.bias then bias_of(self, outputs, options) end
   return self
 end
 
@@ -95,6 +101,12 @@ function QLinear.new(inputs, outputs, options)
   local defaults = { std = default_std(inputs), bias = false, device = check.optional, generator = check.optional }
   for key, value in pairs(QUANTIZE_DEFAULTS) do defaults[key] = value end
   options = check.options(name, options, defaults)
+  if module.is_declaring() then
+    local self = module.create(QLinear)
+    module.parameter(self, "weight", { inputs, outputs }, nil, { quantize = quantize_options(options) })
+    if options.bias then bias_of(self, outputs, options) end
+    return self
+  end
   local dense = draw(name, { inputs, outputs }, options.std, { device = options.device,
     generator = options.generator })
   local weight = qm.QParam.quantize(dense, quantize_options(options))
@@ -146,22 +158,28 @@ M.Embedding = Embedding
 
 ---@param count integer  of tokens
 ---@param size integer   of a vector
----@param options table|nil  { std = 0.02, dtype = "f32", activations = the weight's type, device, generator }
+---@param options table|nil  { std = 0.02, dtype = "f32", activations = the weight's type, padding = nil (the
+---   token whose vector gets no gradient), device, generator }
 function Embedding.new(count, size, options)
   local name = "qm.nn.Embedding"
   check.integer(name, "count", count, 1)
   check.integer(name, "size", size, 1)
   options = check.options(name, options, { std = 0.02, dtype = "f32", activations = check.optional,
-    device = check.optional, generator = check.optional })
+    padding = check.optional, device = check.optional, generator = check.optional })
   local self = module.create(Embedding)
   self.activations = options.activations
-  self:register("weight", draw(name, { count, size }, options.std, options):requires_gradient())
+  self.padding = options.padding
+  module.parameter(self, "weight", { count, size }, function()
+    return draw(name, { count, size }, options.std, options):requires_gradient()
+  end, { dtype = options.dtype })
   return self
 end
 
 ---@param index qm.Tensor  i32 [R], from 0
 ---@return qm.Tensor       [R, size], of the type `activations`
-function Embedding:forward(index) return qm.embedding(self.weight, index, { dtype = self.activations }) end
+function Embedding:forward(index)
+  return qm.embedding(self.weight, index, { dtype = self.activations, padding = self.padding })
+end
 
 function Embedding:summary()
   local shape = self.weight.shape
@@ -169,6 +187,12 @@ function Embedding:summary()
 end
 
 ---------------------------------------------------------------------------------------------------
+
+local function ones_of(self, size, options)
+  module.parameter(self, "weight", { size }, function()
+    return tensors.ones({ size }, { device = options.device, requires_grad = true })
+  end)
+end
 
 ---Root mean square normalisation of rows. Source: arXiv 1910.07467.
 ---@class qm.nn.RMSNorm : qm.Module
@@ -184,7 +208,7 @@ function RMSNorm.new(size, options)
   options = check.options(name, options, { eps = 1e-6, device = check.optional })
   local self = module.create(RMSNorm)
   self.eps = check.number(name, "eps", options.eps, 0)
-  self:register("weight", tensors.ones({ size }, { device = options.device, requires_grad = true }))
+  ones_of(self, size, options)
   return self
 end
 
@@ -216,8 +240,8 @@ function LayerNorm.new(size, options)
   options = check.options(name, options, { eps = 1e-5, bias = true, device = check.optional })
   local self = module.create(LayerNorm)
   self.eps = check.number(name, "eps", options.eps, 0)
-  self:register("weight", tensors.ones({ size }, { device = options.device, requires_grad = true }))
-  if check.type(name, "bias", options.bias, "boolean") then self:register("bias", new_bias(size, options)) end
+  ones_of(self, size, options)
+  if check.type(name, "bias", options.bias, "boolean") then bias_of(self, size, options) end
   return self
 end
 

@@ -59,6 +59,37 @@ function Module:register(name, value)
   return value
 end
 
+local declaring = false
+
+---Run `body`, in which modules declare their parameters instead of making them: no memory is taken and
+---nothing drawn. Each such module has a list `declared` of { name =, shape = }, to be registered later.
+---@return any ...  what body returns
+function M.declare(body)
+  local before = declaring
+  declaring = true
+  local function finish(ok, ...)
+    declaring = before
+    if not ok then error((...), 0) end
+    return ...
+  end
+  return finish(pcall(body))
+end
+
+---Make a parameter of a module, or declare it.
+---@param self qm.Module
+---@param shape integer[]
+---@param make function  () -> the parameter
+---@param more table|nil  further fields of the declaration
+function M.parameter(self, name, shape, make, more)
+  if not declaring then return self:register(name, make()) end
+  local declaration = { name = name, shape = shape }
+  for key, value in pairs(more or {}) do declaration[key] = value end
+  self.declared = self.declared or {}
+  self.declared[#self.declared + 1] = declaration
+end
+
+function M.is_declaring() return declaring end
+
 local function gather(module, prefix, entries, seen)
   for _, name in ipairs(module.members) do
     local value, path = module[name], prefix .. name

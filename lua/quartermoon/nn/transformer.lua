@@ -67,13 +67,14 @@ local Attention = module.class("Attention")
 M.Attention = Attention
 
 ---@param options table  { hidden_size, heads, kv_heads = heads, head_size = hidden_size / heads,
----   linear = a qm.nn.linear_factory, bias = false (of q, k, v), qk_norm = false (RMSNorm of every
----   query and key head, as in Qwen 3), eps = 1e-6 (of qk_norm), device, generator }
+---   linear = a qm.nn.linear_factory, bias = false (of q, k, v), output_bias = false, qk_norm = false
+---   (RMSNorm of every query and key head, as in Qwen 3), eps = 1e-6 (of qk_norm), window = the context's
+---   (how many keys a query sees at most; 0: all), device, generator }
 function Attention.new(options)
   local name = "qm.nn.Attention"
   options = check.options(name, options, { hidden_size = check.required, heads = check.required,
-    kv_heads = check.optional, head_size = check.optional, linear = check.required, bias = false, qk_norm = false,
-    eps = 1e-6, device = check.optional, generator = check.optional })
+    kv_heads = check.optional, head_size = check.optional, linear = check.required, bias = false,
+    output_bias = false, qk_norm = false, eps = 1e-6, window = check.optional, device = check.optional, generator = check.optional })
   local self = module.create(Attention)
   check.type(name, "linear", options.linear, "function")
   local hidden = check.integer(name, "hidden_size", options.hidden_size, 1)
@@ -83,7 +84,8 @@ function Attention.new(options)
   if self.heads % self.kv_heads ~= 0 then
     check.fail(name, "kv_heads", "a divisor of heads=" .. self.heads, self.kv_heads)
   end
-  local more = { device = options.device, generator = options.generator }
+  if options.window then self.window = check.integer(name, "window", options.window, 0) end
+  local more = { device = options.device, generator = options.generator, bias = options.output_bias }
   local biased = { device = options.device, generator = options.generator, bias = options.bias }
   self:register("q_proj", options.linear(hidden, self.heads * self.head_size, biased))
   self:register("k_proj", options.linear(hidden, self.kv_heads * self.head_size, biased))
@@ -118,7 +120,7 @@ function Attention:forward(x, context, kept)
   q = qm.rope(q, context.cos, context.sin, context.positions)
   k = qm.rope(k, context.cos, context.sin, context.positions)
   if kept then k, v = kept:append(k, v) end
-  local out = qm.attention(q, k, v, context.cu_q, context.cu_k, { window = context.window })
+  local out = qm.attention(q, k, v, context.cu_q, context.cu_k, { window = self.window or context.window })
   return self.o_proj(out:reshape(x.shape[1], self.heads * self.head_size))
 end
 

@@ -10,7 +10,7 @@ local M = {}
 
 ---The gradient of `x`: every row of dout added to the row it came from. A leaf's goes straight into
 ---its own buffer, for a vocabulary's is large.
-local function scattered(name, x, index, dout)
+local function scattered(name, x, index, dout, padding)
   local sum
   if x.node then
     sum = x:zeros_like("f32")
@@ -19,7 +19,14 @@ local function scattered(name, x, index, dout)
     sum, beta = autograd.leaf_grad(x)
     if beta == 0 then sum:fill(0) end
   end
+  local row = padding and sum:view_rows(name, padding + 1, 1)
+  local kept = row and row:clone()
   binding.check(lib.qm_scatter_add(dout.desc, index.desc, sum.desc), name)
+  if row then
+    row:copy(kept)
+    kept:free()
+    row:free()
+  end
   if not x.node then return nil end
   if x.dtype == "f32" then return sum end
   local dx = sum:to(x.dtype)
@@ -27,12 +34,14 @@ local function scattered(name, x, index, dout)
   return dx
 end
 
-local function rows(name, argument, x, index, dtype)
+local function rows(name, argument, x, index, dtype, padding)
   local desc, index_desc = check.desc(name, argument, x), check.desc(name, "index", index)
   local shape = { index.shape[1] or 1, x.shape[2] }
   local out = tensors.empty(shape, { dtype = dtype or x.dtype, device = x.device })
   binding.check(lib.qm_gather(desc, index_desc, out.desc), name, out)
-  return autograd.record(name, { x }, { out }, {}, function(dout) return scattered(name, x, index, dout) end)
+  return autograd.record(name, { x }, { out }, {}, function(dout)
+    return scattered(name, x, index, dout, padding)
+  end)
 end
 
 ---The rows of x that index names: `out[i] = x[index[i]]`.
@@ -43,12 +52,12 @@ end
 function M.gather(x, index) return rows("qm.gather", "x", x, index) end
 
 local IS_FLOAT = { f32 = true, f16 = true, bf16 = true }
-local EMBEDDING_OPTIONS = { dtype = check.optional }
+local EMBEDDING_OPTIONS = { dtype = check.optional, padding = check.optional }
 
 ---The rows of an embedding table, converted to the activations' type.
 ---@param weight qm.Tensor   float [V, C]
 ---@param index qm.Tensor    i32 [R], token numbers from 0 to V - 1; must stay unchanged until backward()
----@param options table|nil  { dtype = weight's type }
+---@param options table|nil  { dtype = weight's type, padding = nil: the token whose row gets no gradient }
 ---@return qm.Tensor         dtype, [R, C]
 ---@raise when a token number is outside
 function M.embedding(weight, index, options)
@@ -57,7 +66,8 @@ function M.embedding(weight, index, options)
   check.desc(name, "weight", weight)
   if options.dtype then check.one_of(name, "dtype", options.dtype, { "f32", "f16", "bf16" }) end
   if #weight.shape ~= 2 or not IS_FLOAT[weight.dtype] then check.fail(name, "weight", "float [V, C]", weight) end
-  return rows(name, "weight", weight, index, options.dtype)
+  if options.padding then check.integer(name, "padding", options.padding, 0, weight.shape[1] - 1) end
+  return rows(name, "weight", weight, index, options.dtype, options.padding)
 end
 
 tensors.Tensor.gather = M.gather
