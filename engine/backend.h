@@ -79,7 +79,7 @@ typedef struct qm_permute_args {
   qm_array x, out;
   int64_t shape[QM_DIMS_MAX], stride_x[QM_DIMS_MAX];
 } qm_permute_args;
-/* gather: x [v, c], out [r, c]; scatter_add: x [r, c], out [v, c]. */
+/* gather: x [v, c], out [r, c]; scatter_add, scatter: x [r, c], out [v, c]. */
 typedef struct qm_gather_args {
   qm_array x, index, out;
   int64_t v, r, c;
@@ -269,9 +269,11 @@ typedef struct qm_mpq_linear_args {
   X(grad_scale)                                                                                    \
   X(layer_norm)                                                                                    \
   X(layer_norm_backward)                                                                           \
-  X(unary_backward)
+  X(unary_backward)                                                                                \
+  X(scatter)
 
 typedef qm_gather_args qm_scatter_add_args;
+typedef qm_gather_args qm_scatter_args;
 
 typedef struct qm_kernels {
 #define X(name) int32_t (*name)(void *context, const qm_##name##_args *args);

@@ -1,4 +1,4 @@
-/* index.c - moving elements about: permutation, gather, scatter_add. Checked, then dispatched. */
+/* index.c - moving elements about: permutation, gather, scatter. Checked, then dispatched. */
 #include "internal.h"
 
 int32_t qm_permute(const qm_tensor *x, const qm_tensor *out, const int32_t *dims) {
@@ -68,4 +68,17 @@ int32_t qm_scatter_add(const qm_tensor *x, const qm_tensor *index, const qm_tens
   args.r = qm__size(&call, "R");
   if (!flat) args.c = qm__size(&call, "C");
   return QM__DISPATCH(call, scatter_add, &args);
+}
+
+int32_t qm_scatter(const qm_tensor *x, const qm_tensor *index, const qm_tensor *out) {
+  qm__call call = qm__begin("qm_scatter");
+  qm_scatter_args args = {.c = 1};
+  const bool flat = x != NULL && x->ndim == 1;
+  qm__operand(&call, "x", x, flat ? "any [R]" : "any [R, C]", QM__READ, &args.x);
+  qm__operand(&call, "index", index, "i32 [R]", QM__READ, &args.index);
+  qm__operand(&call, "out", out, flat ? "=x [V]" : "=x [V, C]", QM__WRITE, &args.out);
+  args.v = qm__size(&call, "V");
+  args.r = qm__size(&call, "R");
+  if (!flat) args.c = qm__size(&call, "C");
+  return QM__DISPATCH(call, scatter, &args);
 }

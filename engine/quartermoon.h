@@ -224,6 +224,9 @@ int32_t qm_permute(const qm_tensor *x, const qm_tensor *out, const int32_t *dims
 int32_t qm_gather(const qm_tensor *x, const qm_tensor *index, const qm_tensor *out);
 /* out[index[i], :] += x[i, :], in the order of i; out f32 [V, C], x float [R, C]. */
 int32_t qm_scatter_add(const qm_tensor *x, const qm_tensor *index, const qm_tensor *out);
+/* out[index[i], :] = x[i, :], all numbers in index different (else which row stays is open); x any
+** type [R, C] (or [R]), out [V, C] of x's type. Rows of out that index does not name stay. */
+int32_t qm_scatter(const qm_tensor *x, const qm_tensor *index, const qm_tensor *out);
 /* out = softmax of x along the last dimension; float, same shape. */
 int32_t qm_softmax(const qm_tensor *x, const qm_tensor *out);
 

@@ -67,6 +67,10 @@ qm__work qm__work_of(const qm__call *call, int32_t kernel, const void *args) {
       work.bytes = 3.0 * array_bytes(&scatter->x) + array_bytes(&scatter->index);
       break;
     }
+    case QM__KERNEL_scatter:
+      work.bytes = 2.0 * array_bytes(&((const qm_scatter_args *)args)->x) +
+                   array_bytes(&((const qm_scatter_args *)args)->index);
+      break;
     case QM__KERNEL_adamw:
     case QM__KERNEL_mpq_update:
     case QM__KERNEL_mpq_update_bie: work.bytes += written; break; /* in place, all of it */

@@ -82,3 +82,32 @@ describe("qm.embedding", function()
       "argument 'index': expected numbers from 0 to 3, got 4 at 0", "gather: index 4 is outside 0 .. 3")
   end)
 end)
+
+describe("qm.scatter", function()
+  it("puts rows of any type into their places and leaves the others", function()
+    local out = qm.tensor({ { 1, 2 }, { 3, 4 }, { 5, 6 } }, { dtype = "i64" })
+    assert.equal(out, qm.scatter(qm.tensor({ { 7, 8 }, { 9, 0 } }, { dtype = "i64" }), indices({ 2, 0 }), out))
+    assert.same({ { 9, 0 }, { 3, 4 }, { 7, 8 } }, out:totable())
+    assert.same({ 1, 30 }, qm.scatter(qm.tensor({ 30 }), indices({ 1 }), qm.tensor({ 1, 2 })):totable())
+  end)
+
+  it("equals the reference", function()
+    for _, size in ipairs({ { 5, 3, 7 }, { 300, 515, 700 } }) do
+      local places = {}
+      for i = 1, size[1] do places[i] = (i * 3 + 2) % size[3] end -- 3 divides neither 7 nor 700: all different
+      local x, out = qm.randn({ size[1], size[2] }, reference):to("bf16"), qm.zeros({ size[3], size[2] }, reference)
+      local expected, actual = testing.both({ x, indices(places, reference), out:to("bf16") }, qm.scatter)
+      testing.assert_equal(expected[1], actual[1])
+    end
+  end)
+
+  it("refuses a number outside, and what gradients flow through", function()
+    testing.assert_refused_late(function() qm.scatter(qm.ones({ 1, 2 }), indices({ 3 }), qm.ones({ 3, 2 })) end,
+      "qm.scatter: argument 'index': expected numbers from 0 to 2, got 3 at 0", "scatter: index 3 is outside 0 .. 2")
+    local leaf = qm.ones({ 1, 2 }, { requires_grad = true })
+    assert.error_matches(function() qm.scatter(leaf, indices({ 0 }), qm.ones({ 3, 2 })) end,
+      "argument 'x': expected a tensor that needs no gradient", 1, true)
+    assert.error_matches(function() qm.scatter(qm.ones({ 1, 2 }), indices({ 0 }), leaf * 2) end, "on the gradient tape",
+      1, true)
+  end)
+end)

@@ -1,4 +1,4 @@
-/* index.c - moving elements about: permutation, gather, scatter_add. */
+/* index.c - moving elements about: permutation, gather, scatter. */
 #include "reference.h"
 
 int32_t qm_reference_permute(void *context, const qm_permute_args *args) {
@@ -54,5 +54,17 @@ int32_t qm_reference_scatter_add(void *context, const qm_scatter_add_args *args)
   for (int64_t i = 0; i < args->r; i++)
     for (int64_t j = 0; j < args->c; j++)
       out[index[i] * args->c + j] += qm_load(args->x.data, args->x.dtype, i * args->c + j);
+  return QM_OK;
+}
+
+int32_t qm_reference_scatter(void *context, const qm_scatter_args *args) {
+  (void)context;
+  const int32_t status = check_index(args);
+  if (status != QM_OK) return status;
+  const int32_t *index = args->index.data;
+  const size_t row_bytes = (size_t)(args->c * qm_element_size(args->x.dtype));
+  for (int64_t i = 0; i < args->r; i++)
+    memcpy((char *)args->out.data + (size_t)index[i] * row_bytes,
+           (const char *)args->x.data + (size_t)i * row_bytes, row_bytes);
   return QM_OK;
 }

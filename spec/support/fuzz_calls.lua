@@ -43,6 +43,7 @@ return function(qm, device)
     { "qm.transpose", function() return leaf(2, 3, 4), 1, 3 end },
     { "qm.concat", function() return { leaf(2, 3), randn(4, 3) } end },
     { "qm.gather", function() return leaf(5, 3), ints({ 0, 4, 2 }) end },
+    { "qm.scatter", function() return randn(3, 4), ints({ 0, 4, 2 }), randn(5, 4) end },
     { "qm.embedding", function() return leaf(5, 3), ints({ 0, 4, 2 }), { dtype = "bf16" } end },
     { "qm.matmul", function() return leaf(4, 6), randn(4, 5), { trans_a = true, trans_b = false } end },
     { "qm.matmul", function() return half(2, 4, 6), half(2, 6, 5) end },

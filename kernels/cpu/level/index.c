@@ -1,4 +1,5 @@
-/* index.c - gather and scatter_add. References: index.c there, equal to the bit. Memory bound. */
+/* index.c - gather, scatter_add, scatter. References: index.c there, equal to the bit. Memory
+** bound. */
 #include <omp.h>
 
 #include "vector.h"
@@ -65,5 +66,17 @@ int32_t QM_CPU(scatter_add)(void *context, const qm_scatter_add_args *args) {
     const int64_t last = lines * (thread + 1) / threads * LINE;
     add_columns(args, first, QM_MIN(last, args->c));
   }
+  return QM_OK;
+}
+
+int32_t QM_CPU(scatter)(void *context, const qm_scatter_args *args) {
+  if (args->x.count < QM_PARALLEL_MIN || !indices_fit(args))
+    return qm_reference_scatter(context, args);
+  const int32_t *index = args->index.data;
+  const int64_t row_bytes = args->c * qm_element_size(args->x.dtype);
+#pragma omp parallel for schedule(static)
+  for (int64_t i = 0; i < args->r; i++)
+    memcpy((char *)args->out.data + index[i] * row_bytes,
+           (const char *)args->x.data + i * row_bytes, (size_t)row_bytes);
   return QM_OK;
 }

@@ -28,6 +28,7 @@ void QM_CPU(level)(qm_kernels *kernels) {
   kernels->random = QM_CPU(random);
   kernels->reduce = QM_CPU(reduce);
   kernels->scatter_add = QM_CPU(scatter_add);
+  kernels->scatter = QM_CPU(scatter);
   kernels->softmax = QM_CPU(softmax);
   kernels->sum_squares = QM_CPU(sum_squares);
   kernels->swiglu = QM_CPU(swiglu);

@@ -70,6 +70,21 @@ function M.embedding(weight, index, options)
   return rows(name, "weight", weight, index, options.dtype, options.padding)
 end
 
+---Put rows into their places: `out[index[i]] = x[i]`; the other rows of out stay. Not differentiable.
+---@param x qm.Tensor      any [R, C] or [R]
+---@param index qm.Tensor  i32 [R], each from 0 to V - 1, all different (of equals any row may stay)
+---@param out qm.Tensor    x's type, [V, C] or [V], overwritten where index points
+---@return qm.Tensor out
+---@raise when a number in index is outside, or when x or out is on the gradient tape
+function M.scatter(x, index, out)
+  local name = "qm.scatter"
+  local desc, index_desc = check.desc(name, "x", x), check.desc(name, "index", index)
+  check.desc(name, "out", out)
+  if autograd.needs_grad(x) then check.fail(name, "x", "a tensor that needs no gradient (see qm.no_grad)", x) end
+  binding.check(lib.qm_scatter(desc, index_desc, out:writable(name).desc), name)
+  return out
+end
+
 tensors.Tensor.gather = M.gather
 
 return M
