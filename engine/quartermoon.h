@@ -462,7 +462,7 @@ int32_t qm_folder_remove(const char *path);
 
 /* ---- safetensors ---- */
 
-typedef struct qm_safetensors qm_safetensors; /* handle: a mapped file, checked on opening */
+typedef struct qm_safetensors qm_safetensors; /* handle: an open file, checked on opening */
 typedef struct qm_safetensors_writer qm_safetensors_writer;
 
 /* Open and check: header length, JSON, every dtype, shape and offset against the file's length. */

@@ -1,4 +1,8 @@
-/* safetensors.c - reading safetensors files: mapped, and checked from end to end before any use.
+/* safetensors.c - reading safetensors files, checked from end to end before any use.
+**
+** The header is read into memory, values straight to where they go. Nothing is mapped: a file that
+** somebody truncates while it is open gives an error then, and not SIGBUS; nor do its pages count
+** as the process's memory.
 **
 ** Source: https://huggingface.co/docs/safetensors, format section: a u64 little-endian header
 ** length, that many bytes of JSON, then the data. We refuse what the reference implementation
@@ -7,9 +11,9 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <jansson.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -25,14 +29,19 @@ typedef struct entry {
   int64_t begin, end; /* bytes, from the end of the header */
 } entry;
 
+typedef struct metadata_pair {
+  const char *key, *value;
+} metadata_pair;
+
 struct qm_safetensors {
   json_t *header;
-  json_t *metadata; /* borrowed from header, or NULL */
-  entry *entries;   /* in the order of their data */
+  metadata_pair *metadata; /* its strings live in the JSON */
+  int64_t metadata_count;
+  entry *entries; /* in the order of their data */
   int64_t count;
-  const char *data;
-  void *map; /* NULL when the bytes are somebody else's */
-  size_t map_bytes;
+  const char *bytes; /* the whole file where it lies in memory, or NULL: then it is read from */
+  int descriptor;
+  int64_t data_offset; /* of the data, from the start of the file */
 };
 
 static const qm__file_type file_types[] = {
@@ -109,13 +118,17 @@ static int32_t parse_entry(const char *name, const json_t *value, int64_t data_b
   return QM_OK;
 }
 
-static int32_t check_metadata(const json_t *metadata) {
+static int32_t parse_metadata(qm_safetensors *file, json_t *metadata) {
+  if (metadata == NULL) return QM_OK;
+  if (!json_is_object(metadata)) return qm__fail(QM_E_IO, "__metadata__ is not an object");
+  file->metadata = calloc(json_object_size(metadata) + 1, sizeof *file->metadata);
+  if (file->metadata == NULL) return qm__fail(QM_E_MEMORY, "the host is out of memory");
   const char *key;
   json_t *value;
-  if (!json_is_object(metadata)) return qm__fail(QM_E_IO, "__metadata__ is not an object");
-  json_object_foreach((json_t *)(uintptr_t)metadata, key, value) {
+  json_object_foreach(metadata, key, value) {
     if (!json_is_string(value))
       return qm__fail(QM_E_IO, "__metadata__: the value of '%s' is not a string", key);
+    file->metadata[file->metadata_count++] = (metadata_pair){key, json_string_value(value)};
   }
   return QM_OK;
 }
@@ -154,15 +167,15 @@ static int32_t parse_header(qm_safetensors *file, const char *text, int64_t head
   if (file->header == NULL)
     return qm__fail(QM_E_IO, "the header is not JSON: %s (byte %d)", error.text, error.position);
   if (!json_is_object(file->header)) return qm__fail(QM_E_IO, "the header is not a JSON object");
-  file->metadata = json_object_get(file->header, "__metadata__");
-  int32_t status = file->metadata == NULL ? QM_OK : check_metadata(file->metadata);
+  json_t *metadata = json_object_get(file->header, "__metadata__");
+  int32_t status = parse_metadata(file, metadata);
   if (status != QM_OK) return status;
   file->entries = calloc(json_object_size(file->header) + 1, sizeof *file->entries);
   if (file->entries == NULL) return qm__fail(QM_E_MEMORY, "the host is out of memory");
   const char *name;
   json_t *value;
   json_object_foreach(file->header, name, value) {
-    if (value == file->metadata) continue;
+    if (value == metadata) continue;
     status = parse_entry(name, value, data_bytes, &file->entries[file->count++]);
     if (status != QM_OK) return status;
   }
@@ -170,68 +183,97 @@ static int32_t parse_header(qm_safetensors *file, const char *text, int64_t head
   return check_coverage(file, data_bytes);
 }
 
-int32_t qm__safetensors_parse(const char *bytes, int64_t size_bytes, qm_safetensors **out) {
+/* The header's length, from the file's first bytes. */
+static int32_t header_length(const char *bytes, int64_t size_bytes, int64_t *header_bytes) {
   if (size_bytes < LENGTH_BYTES)
     return qm__fail(QM_E_IO, "%lld bytes are too few for a safetensors file",
                     (long long)size_bytes);
-  uint64_t header_bytes = 0;
-  for (int i = 0; i < LENGTH_BYTES; i++)
-    header_bytes |= (uint64_t)(unsigned char)bytes[i] << (8 * i);
-  const int64_t rest = size_bytes - LENGTH_BYTES;
-  if (header_bytes > (uint64_t)rest)
+  uint64_t length = 0;
+  for (int i = 0; i < LENGTH_BYTES; i++) length |= (uint64_t)(unsigned char)bytes[i] << (8 * i);
+  if (length > (uint64_t)(size_bytes - LENGTH_BYTES))
     return qm__fail(QM_E_IO,
                     "a header of %llu bytes in a file of %lld: truncated, or no safetensors",
-                    (unsigned long long)header_bytes, (long long)size_bytes);
-  if (header_bytes > HEADER_BYTES_MAX)
+                    (unsigned long long)length, (long long)size_bytes);
+  if (length > HEADER_BYTES_MAX)
     return qm__fail(QM_E_IO, "a header of %llu bytes; the format allows %d",
-                    (unsigned long long)header_bytes, HEADER_BYTES_MAX);
+                    (unsigned long long)length, HEADER_BYTES_MAX);
+  *header_bytes = (int64_t)length;
+  return QM_OK;
+}
+
+/* A handle from the header's text, of a file of so many bytes; it holds neither. */
+static int32_t file_new(const char *header, int64_t header_bytes, int64_t size_bytes,
+                        qm_safetensors **out) {
   qm_safetensors *file = calloc(1, sizeof *file);
   if (file == NULL) return qm__fail(QM_E_MEMORY, "the host is out of memory");
   qm__handle_opened();
-  file->data = bytes + LENGTH_BYTES + header_bytes;
-  const int32_t status =
-      parse_header(file, bytes + LENGTH_BYTES, (int64_t)header_bytes, rest - (int64_t)header_bytes);
-  if (status != QM_OK) {
+  file->descriptor = -1;
+  file->data_offset = LENGTH_BYTES + header_bytes;
+  const int32_t status = parse_header(file, header, header_bytes, size_bytes - file->data_offset);
+  if (status != QM_OK)
     qm_safetensors_release(file);
-    return status;
-  }
-  *out = file;
-  return QM_OK;
+  else
+    *out = file;
+  return status;
+}
+
+int32_t qm__safetensors_parse(const char *bytes, int64_t size_bytes, qm_safetensors **out) {
+  int64_t header_bytes = 0;
+  int32_t status = header_length(bytes, size_bytes, &header_bytes);
+  if (status == QM_OK) status = file_new(bytes + LENGTH_BYTES, header_bytes, size_bytes, out);
+  if (status == QM_OK) (*out)->bytes = bytes;
+  return status;
 }
 
 /* ---- the handle ---- */
 
-static int32_t map_file(const char *path, void **map, size_t *size_bytes) {
-  const int file = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC); /* a pipe must not wait */
-  if (file < 0) return qm__fail(QM_E_IO, "%s", strerror(errno));
-  struct stat about;
-  if (fstat(file, &about) != 0 || !S_ISREG(about.st_mode)) {
-    close(file);
-    return qm__fail(QM_E_IO, "not a regular file");
+/* Exactly these bytes of a file. */
+static int32_t read_at(int descriptor, void *out, int64_t size_bytes, int64_t offset) {
+  int64_t done = 0;
+  while (done < size_bytes) {
+    const ssize_t got =
+        pread(descriptor, (char *)out + done, (size_t)(size_bytes - done), offset + done);
+    if (got < 0 && errno == EINTR) continue;
+    if (got < 0) return qm__fail(QM_E_IO, "%s", strerror(errno));
+    if (got == 0)
+      return qm__fail(QM_E_IO, "it ends at byte %lld: truncated while it was open",
+                      (long long)(offset + done));
+    done += got;
   }
-  *size_bytes = (size_t)about.st_size;
-  *map = about.st_size == 0 ? NULL : mmap(NULL, *size_bytes, PROT_READ, MAP_PRIVATE, file, 0);
-  const int reason = errno;
-  close(file);
-  return *map == MAP_FAILED ? qm__fail(QM_E_IO, "%s", strerror(reason)) : QM_OK;
+  return QM_OK;
+}
+
+static int32_t read_header(int descriptor, qm_safetensors **out) {
+  struct stat about;
+  if (fstat(descriptor, &about) != 0 || !S_ISREG(about.st_mode))
+    return qm__fail(QM_E_IO, "not a regular file");
+  char length[LENGTH_BYTES];
+  const int64_t size_bytes = about.st_size;
+  int64_t header_bytes = 0;
+  int32_t status = QM_OK;
+  if (size_bytes >= LENGTH_BYTES) status = read_at(descriptor, length, sizeof length, 0);
+  if (status == QM_OK) status = header_length(length, size_bytes, &header_bytes);
+  if (status != QM_OK) return status;
+  char *header = malloc((size_t)header_bytes + 1);
+  if (header == NULL) return qm__fail(QM_E_MEMORY, "the host is out of memory");
+  status = read_at(descriptor, header, header_bytes, LENGTH_BYTES);
+  if (status == QM_OK) status = file_new(header, header_bytes, size_bytes, out);
+  free(header);
+  return status;
 }
 
 int32_t qm_safetensors_open(const char *path, qm_safetensors **out) {
   if (path == NULL || out == NULL) return qm__fail(QM_E_ARGUMENT, "qm_safetensors_open: NULL");
-  void *map = NULL;
-  size_t size_bytes = 0;
+  const int descriptor = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC); /* a pipe must not wait */
+  int32_t status = descriptor < 0 ? qm__fail(QM_E_IO, "%s", strerror(errno)) : QM_OK;
   qm_safetensors *file = NULL;
-  int32_t status = map_file(path, &map, &size_bytes);
-  if (status == QM_OK) {
-    status = qm__safetensors_parse(map, (int64_t)size_bytes, &file);
-    if (status != QM_OK && map != NULL) munmap(map, size_bytes);
-  }
+  if (status == QM_OK) status = read_header(descriptor, &file);
   if (status != QM_OK) {
+    if (descriptor >= 0) close(descriptor);
     qm__prefix_error(path);
     return status;
   }
-  file->map = map;
-  file->map_bytes = size_bytes;
+  file->descriptor = descriptor;
   *out = file;
   return QM_OK;
 }
@@ -240,7 +282,8 @@ void qm_safetensors_release(qm_safetensors *file) {
   if (file == NULL) return;
   json_decref(file->header);
   free(file->entries);
-  if (file->map != NULL) munmap(file->map, file->map_bytes);
+  free(file->metadata);
+  if (file->descriptor >= 0) close(file->descriptor);
   free(file);
   qm__handle_closed();
 }
@@ -264,36 +307,43 @@ int32_t qm_safetensors_entry(const qm_safetensors *file, int64_t index, const ch
 
 int32_t qm_safetensors_metadata(const qm_safetensors *file, int64_t index, const char **key,
                                 const char **value) {
-  void *item = file == NULL || index < 0 ? NULL : json_object_iter(file->metadata);
-  for (; item != NULL && index > 0; index--) item = json_object_iter_next(file->metadata, item);
-  if (item == NULL || key == NULL || value == NULL)
+  if (file == NULL || index < 0 || index >= file->metadata_count || key == NULL || value == NULL)
     return qm__fail(QM_E_ARGUMENT, "argument 'index': past the end of the metadata");
-  *key = json_object_iter_key(item);
-  *value = json_string_value(json_object_iter_value(item));
+  *key = file->metadata[index].key;
+  *value = file->metadata[index].value;
   return QM_OK;
 }
 
-/* Copy in pieces, telling the system after each that its pages are not needed any more: a process
-** that reads a file larger than its memory holds one piece of it at a time. */
-static int32_t copy_out(const qm_safetensors *file, const entry *e, const qm_tensor *out) {
-  const int64_t piece_bytes = (int64_t)1 << 26;
-  const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
-  if (e->end == e->begin) return qm_write(out, file->data + e->begin, 0);
+enum { PIECE_BYTES = 16 << 20 };
+
+/* Values from a file to a device that cannot be read into: by way of the host, piece by piece. */
+static int32_t read_across(const qm_safetensors *file, const entry *e, qm_device *device,
+                           char *out) {
+  const int64_t size_bytes = e->end - e->begin;
+  const int64_t room = size_bytes < PIECE_BYTES ? size_bytes : PIECE_BYTES;
+  char *piece = malloc((size_t)room);
+  if (piece == NULL) return qm__fail(QM_E_MEMORY, "the host is out of memory");
   int32_t status = QM_OK;
-  for (int64_t at = e->begin; status == QM_OK && at < e->end; at += piece_bytes) {
-    const int64_t bytes = e->end - at < piece_bytes ? e->end - at : piece_bytes;
-    const qm_tensor piece = {.storage = out->storage,
-                             .offset_bytes = out->offset_bytes + (at - e->begin),
-                             .shape = {bytes},
-                             .ndim = 1,
-                             .dtype = QM_U8};
-    status = qm_write(&piece, file->data + at, bytes);
-    if (file->map == NULL) continue;
-    const uintptr_t first = (uintptr_t)(file->data + at);
-    const uintptr_t begin = first - first % page;
-    (void)madvise((void *)begin, (size_t)(first + (uintptr_t)bytes - begin), MADV_DONTNEED);
+  for (int64_t at = 0; at < size_bytes && status == QM_OK; at += room) {
+    const int64_t bytes = size_bytes - at < room ? size_bytes - at : room;
+    status = read_at(file->descriptor, piece, bytes, file->data_offset + e->begin + at);
+    if (status == QM_OK) status = device->backend->write(device->context, out + at, piece, bytes);
   }
+  free(piece);
   return status;
+}
+
+static int32_t read_values(const qm_safetensors *file, const entry *e, const qm_tensor *out) {
+  const int64_t size_bytes = e->end - e->begin, from = file->data_offset + e->begin;
+  if (file->bytes != NULL) return qm_write(out, file->bytes + from, size_bytes);
+  qm__call call = qm__begin("qm_safetensors_read");
+  qm_array array;
+  qm__operand(&call, "out", out, "any [...]", QM__WRITE, &array);
+  if (qm__finish(&call) != QM_OK || size_bytes == 0) return call.status;
+  if (qm__graph_refuse(call.device, "reading a file into it") != QM_OK) return QM_E_ARGUMENT;
+  if (call.device->backend->host_memory)
+    return read_at(file->descriptor, array.data, size_bytes, from);
+  return read_across(file, e, call.device, array.data);
 }
 
 int32_t qm_safetensors_read(const qm_safetensors *file, int64_t index, const qm_tensor *out) {
@@ -313,5 +363,11 @@ int32_t qm_safetensors_read(const qm_safetensors *file, int64_t index, const qm_
     return qm__fail(QM_E_ARGUMENT, "argument 'out': tensor '%s' is %s, got %s", e->name, expected,
                     got);
   }
-  return copy_out(file, e, out);
+  const int32_t status = read_values(file, e, out);
+  if (status == QM_E_IO) {
+    char words[300];
+    (void)snprintf(words, sizeof words, "tensor '%s'", e->name);
+    qm__prefix_error(words);
+  }
+  return status;
 }

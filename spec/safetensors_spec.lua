@@ -145,6 +145,28 @@ describe("qm.safetensors", function()
       end)
     end)
 
+    it("reports a file that is cut while it is open, and goes on", function()
+      qm.safetensors.save(path, { a = qm.ones({ 30000 }), b = qm.ones({ 5 }, { dtype = "f16" }) })
+      local file = qm.safetensors.open(path)
+      process.run("truncate -s 5000 " .. path)
+      local ok, message = pcall(file.tensor, file, "a")
+      assert.is_false(ok)
+      assert.truthy(message:find(path .. ": tensor 'a': it ends at byte 5000: truncated while it was open", 1, true),
+        message)
+      file:close()
+    end)
+
+    it("lists a hundred thousand metadata entries in no time", function()
+      local pairs_of = {}
+      for i = 1, 1e5 do pairs_of[i] = ('"%d":"v"'):format(i) end
+      local header = '{"__metadata__":{' .. table.concat(pairs_of, ",") .. "}}"
+      write_file(path, u64(#header) .. header)
+      local file, start = qm.safetensors.open(path), os.clock()
+      assert.equal("v", file.metadata["100000"])
+      file:close()
+      assert.is_true(os.clock() - start < 10)
+    end)
+
     it("survives random damage", function()
       qm.safetensors.save(path, { a = qm.ones({ 3 }), b = qm.ones({ 2, 2 }, { dtype = "f16" }) }, { k = "v" })
       local whole = process.read(path)

@@ -120,7 +120,7 @@ function File:tensor(key, device)
   return self:read(key, tensors.empty(found.shape, { dtype = found.dtype, device = device }))
 end
 
----Unmap the file. Closing twice is harmless; tensors that were read stay.
+---Close the file. Closing twice is harmless; tensors that were read stay.
 function File:close()
   if self.handle == nil then return end
   lib.qm_safetensors_release(ffi.gc(self.handle, nil))
