@@ -3,6 +3,7 @@
 ---method `hidden_states(tokens, context, cache)` and the fields `positions_max` and `cache_heads`.
 
 local autograd = require("quartermoon.autograd")
+local caches = require("quartermoon.models.cache")
 local check = require("quartermoon.check")
 local devices = require("quartermoon.device")
 local generation = require("quartermoon.models.generation")
@@ -54,18 +55,17 @@ end
 
 ---Where sequences begin and each row's position, on the model's device.
 ---@param lengths integer[]  rows of each sequence
----@param start integer  the position of the first row, behind what a key/value cache holds
-local function build_rows(self, name, lengths, start)
-  local cu_q, cu_k, positions = { 0 }, { 0 }, {}
+local function build_rows(self, name, lengths)
+  local cu, positions = { 0 }, {}
   for i, length in ipairs(lengths) do
-    if start + length > self.positions_max then
-      check.fail(name, "tokens", ("sequences of at most %d tokens"):format(self.positions_max), start + length)
+    if length > self.positions_max then
+      check.fail(name, "tokens", ("sequences of at most %d tokens"):format(self.positions_max), length)
     end
-    cu_q[i + 1], cu_k[i + 1] = cu_q[i] + length, cu_k[i] + start + length
-    for p = start, start + length - 1 do positions[#positions + 1] = p end
+    cu[i + 1] = cu[i] + length
+    for p = 0, length - 1 do positions[#positions + 1] = p end
   end
   local options = { dtype = "i32", device = self.device }
-  return { cu_q = qm.tensor(cu_q, options), cu_k = qm.tensor(cu_k, options), positions = qm.tensor(positions, options) }
+  return { cu = qm.tensor(cu, options), positions = qm.tensor(positions, options) }
 end
 
 local function free_rows(entries)
@@ -86,7 +86,7 @@ local function kept_rows(self, name, lengths)
     free_rows(self.rows_old)
     self.rows_old, self.rows_fresh, self.rows_count = self.rows_fresh, {}, 0
   end
-  found = build_rows(self, name, lengths, 0)
+  found = build_rows(self, name, lengths)
   for _, tensor in pairs(found) do tensor:keep() end
   self.rows_fresh[key], self.rows_count = found, self.rows_count + 1
   return found
@@ -112,10 +112,9 @@ local function lengths_of(name, tokens, cu_seqlens)
 end
 
 ---The normalised output of the last block.
-local function hidden_states(self, name, tokens, cu_seqlens, cache)
-  local lengths = lengths_of(name, tokens, cu_seqlens)
-  local rows = cache and build_rows(self, name, lengths, cache[1].length) or kept_rows(self, name, lengths)
-  return self:hidden_states(tokens, { positions = rows.positions, cu_q = rows.cu_q, cu_k = rows.cu_k }, cache)
+local function hidden_states(self, name, tokens, cu_seqlens)
+  local rows = kept_rows(self, name, lengths_of(name, tokens, cu_seqlens))
+  return self:hidden_states(tokens, { positions = rows.positions, cu_q = rows.cu, cu_k = rows.cu })
 end
 
 ---Run blocks one after the other, recomputing them in backward where the model says so.
@@ -166,28 +165,48 @@ function Decoder:logits(tokens, cu_seqlens)
   return qm.scope(body)
 end
 
----Room for the keys and values of one growing text, for `next_logits`.
----@param rows_max integer
----@return qm.nn.KeyValues[]  one for each layer; free them
-function Decoder:cache(rows_max)
+---Room for the keys and values of growing texts, for `next_logits`.
+---@param rows_max integer        tokens of each text
+---@param sequences integer|nil   texts, default 1
+---@return qm.models.Cache        free it
+function Decoder:cache(rows_max, sequences)
   check.integer("model:cache", "rows_max", rows_max, 1, self.positions_max)
-  local of, cache = self.cache_heads, {}
-  for i = 1, of.layers do cache[i] = nn.key_values(rows_max, of.heads, of.head_size, self.dtype, self.device) end
-  return cache
+  check.integer("model:cache", "sequences", sequences or 1, 1)
+  return caches.new(self.cache_heads, rows_max, sequences or 1, self.dtype, self.device)
+end
+
+---Scores of the token after the last row of every sequence that has rows, from a plan of the cache. All
+---that changes from one such step to the next lies in the device's memory.
+---@param tokens qm.Tensor|nil  i32 [R]; nil: the plan begins with them
+---@return qm.Tensor            [W, vocab_size]
+function M.decode(self, cache, plan, sizes, tokens)
+  local context, planned = caches.parts(plan, sizes)
+  local last = context.last
+  context.last = nil
+  local x = self:hidden_states(tokens or planned, context, cache)
+  return head(self, last and qm.gather(x, last) or x)
 end
 
 ---Scores of the token after these, which follow what the cache holds.
----@param tokens qm.Tensor  i32 [R]
----@param cache qm.nn.KeyValues[]  grows by R rows
----@return qm.Tensor        [1, vocab_size]
-function Decoder:next_logits(tokens, cache)
+---@param tokens qm.Tensor  i32 [R], of all sequences, one behind the other
+---@param cache qm.models.Cache  grows by R rows
+---@param cu_seqlens qm.Tensor|integer[]|nil  [S+1]: where the tokens of each of the cache's S sequences begin; a
+---   sequence may have none
+---@return qm.Tensor        [W, vocab_size]: a row for each of the W sequences that have tokens, in order
+function Decoder:next_logits(tokens, cache, cu_seqlens)
   local name = "model:next_logits"
-  check.type(name, "cache", cache, "table")
-  for i = 1, self.cache_heads.layers do nn.check_key_values(name, "cache[" .. i .. "]", cache[i]) end
-  return qm.no_grad(qm.scope, function()
-    local x = hidden_states(self, name, tokens, nil, cache)
-    return head(self, x:view_rows(name, x.shape[1], 1))
+  caches.check(name, cache, self.cache_heads.layers)
+  local counts = lengths_of(name, tokens, cu_seqlens)
+  if #counts ~= cache.sequences then
+    check.fail(name, "cu_seqlens", ("offsets of %d sequences"):format(cache.sequences), #counts)
+  end
+  if tokens.shape[1] == 0 then check.fail(name, "tokens", "at least one token", tokens) end
+  local logits = qm.no_grad(qm.scope, function()
+    local plan, sizes = cache:plan(name, counts)
+    return M.decode(self, cache, plan, sizes, tokens)
   end)
+  cache:advance(counts)
+  return logits
 end
 
 Decoder.generate = generation.generate

@@ -58,7 +58,7 @@ end
 local function attend_kept(self, qkv, context, kept)
   local turned = qkv:permute(2, 1, 3)
   local function part(i) return turned:narrow((i - 1) * self.heads + 1, self.heads):permute(2, 1, 3) end
-  local k, v = kept:append(part(2), part(3))
+  local k, v = kept:append(part(2), part(3), context.places)
   return qm.attention(part(1), k, v, context.cu_q, context.cu_k, self.settings)
 end
 

@@ -15,13 +15,16 @@ local M = {}
 ---@field positions qm.Tensor  i32 [R], each row's place in its sequence
 ---@field cu_q qm.Tensor       i32 [S+1], where each sequence's rows begin
 ---@field cu_k qm.Tensor       i32 [S+1], the same for keys; differs from cu_q only with a cache
+---@field places qm.Tensor|nil i32 [R], the rows of the cache that these rows become
 ---@field window integer|nil   at most so many keys back
 
 ---------------------------------------------------------------------------------------------------
 
----Keys and values of one layer, kept while a text grows. Rows are written in place.
+---Keys and values of one layer, kept while texts grow. Rows are written in place.
 ---@class qm.nn.KeyValues
----@field length integer  rows filled
+---@field k qm.Tensor     [rows_max, heads, head_size]
+---@field v qm.Tensor     the same
+---@field length integer  rows filled by append without places
 local KeyValues = {}
 KeyValues.__index = KeyValues
 
@@ -29,14 +32,30 @@ KeyValues.__index = KeyValues
 function M.key_values(rows_max, heads, head_size, dtype, device)
   check.integer("qm.nn.key_values", "rows_max", rows_max, 0)
   local shape, options = { rows_max, heads, head_size }, { dtype = dtype, device = device }
-  return setmetatable({ length = 0, k = qm.empty(shape, options):keep(), v = qm.empty(shape, options):keep() },
+  -- Zeros, for kernels read whole tiles: memory that holds NaN, times a weight of 0, is NaN.
+  local self = setmetatable({ length = 0, k = qm.zeros(shape, options):keep(), v = qm.zeros(shape, options):keep() },
     KeyValues)
+  local flat = { rows_max, heads * head_size }
+  self.flat = { k = self.k:view_as("key_values", flat):keep(), v = self.v:view_as("key_values", flat):keep() }
+  return self
 end
 
----Add rows; the keys and values of all rows so far, as views for the caller to free.
-function KeyValues:append(k, v)
+---Add rows: at places, or behind those that are there.
+---@param k qm.Tensor  [R, heads, head_size]
+---@param v qm.Tensor  the same
+---@param places qm.Tensor|nil  i32 [R], row numbers from 0
+---@return qm.Tensor k, qm.Tensor v  with places all rows_max rows, else the rows so far; views
+function KeyValues:append(k, v, places)
   check.desc("key_values:append", "k", k)
   check.desc("key_values:append", "v", v)
+  if places then
+    for name, fresh in pairs({ k = k, v = v }) do
+      local rows = fresh:view_as("key_values:append", { fresh.shape[1] or 1, self.flat.k.shape[2] })
+      qm.scatter(rows, places, self.flat[name])
+      rows:free()
+    end
+    return self.k:share(), self.v:share()
+  end
   local first, rows = self.length + 1, k.shape[1]
   for name, fresh in pairs({ k = k, v = v }) do
     local place = self[name]:view_rows("key_values", first, rows)
@@ -48,8 +67,7 @@ function KeyValues:append(k, v)
 end
 
 function KeyValues:free()
-  self.k:free()
-  self.v:free()
+  for _, tensor in ipairs({ self.flat.k, self.flat.v, self.k, self.v }) do tensor:free() end
 end
 
 check.methods("qm.nn.KeyValues", KeyValues)
@@ -119,7 +137,7 @@ function Attention:forward(x, context, kept)
   local v = self:split(self.v_proj(x), self.kv_heads)
   q = qm.rope(q, context.cos, context.sin, context.positions)
   k = qm.rope(k, context.cos, context.sin, context.positions)
-  if kept then k, v = kept:append(k, v) end
+  if kept then k, v = kept:append(k, v, context.places) end
   local out = qm.attention(q, k, v, context.cu_q, context.cu_k, { window = self.window or context.window })
   return self.o_proj(out:reshape(x.shape[1], self.heads * self.head_size))
 end
