@@ -162,6 +162,38 @@ describe("qm.checkpoints", function()
     end)
   end)
 
+  it("changes nothing where the model fits and the optimizer does not", function()
+    for _, kind in ipairs({ "dense", "mpq" }) do
+      with_folder(function(folder)
+        local path = new_run({ kind = kind }):save(folder, 1)
+        local optim_path = path .. "/optim.safetensors"
+        local run = new_run({ kind = kind })
+        local weight = run.model.model.layers[1].mlp.up_proj.weight
+        local tensor = kind == "mpq" and weight.data or weight
+        qm.no_grad(tensor.fill, tensor, 3)
+        local before, steps = tensor:bytes(), run.optim.steps
+        local function expect(mistake)
+          assert.error_matches(function() run:load(path) end, mistake, 1, true)
+          assert.equal(before, tensor:bytes())
+          assert.equal(steps, run.optim.steps)
+        end
+        qm.safetensors.save(optim_path, { ["nobody.exp_avg"] = qm.ones({ 2 }) })
+        expect("expected tensors of this optimizer's parameters, got string 'nobody.exp_avg'")
+        local name = run.optim.slots[1].name
+        local two = qm.ones({ 2 })
+        qm.safetensors.save(optim_path, { [name .. ".exp_avg"] = two, [name .. ".exp_avg_sq"] = two })
+        expect("beside its pair, got qm.Tensor f32 [2]")
+        qm.safetensors.save(optim_path, { [name .. ".momentum"] = qm.ones({ 2 }) })
+        expect("no tensor '" .. name .. ".momentum'")
+        local state = qm.files.read_json(path .. "/state.json")
+        qm.safetensors.save(optim_path, {})
+        state.default_rng.draws = -1
+        files.write_json(path .. "/state.json", state)
+        expect("argument 'default_rng.draws'")
+      end)
+    end
+  end)
+
   it("says what does not fit, and changes nothing then", function()
     with_folder(function(folder)
       local run = new_run({ kind = "dense" })

@@ -137,64 +137,92 @@ function M.save(folder, options)
   return path
 end
 
----Fill a quantized parameter's fields that the file has and it lacks, or refuse.
+---Refuse a quantized parameter that is not the file's. @return integer|nil  bits of the residual that it
+---lacks and the file has
 local function match_quantized(name, entry, saved, file)
   local q = entry.param
   if type(saved) ~= "table" then raise(("%s: %s: '%s' is no quantized parameter there"):format(name, file.path,
     entry.name)) end
-  if saved.residual_bits and saved.residual_bits > 0 and not q.residual then
-    q:add_residual(check.one_of(name, entry.name .. ".residual_bits", saved.residual_bits, { 4, 8 }))
-  end
   for _, key in ipairs(SCALARS) do
     if key ~= "residual_bits" and field(q, key) ~= field(saved, key) then
-      check.fail(name, entry.name .. "." .. key, field(q, key), saved[key])
+      check.fail(name, entry.name .. "." .. key, field(q, key), field(saved, key))
     end
+  end
+  local bits = saved.residual_bits
+  if bits == nil or bits == 0 or q.residual then return nil end
+  return check.one_of(name, entry.name .. ".residual_bits", bits, { 4, 8 })
+end
+
+local function match_tensor(name, file, key, wanted_dtype, wanted_shape)
+  local dtype, shape = file:info(key)
+  if dtype ~= wanted_dtype or table.concat(shape, ",") ~= table.concat(wanted_shape, ",") then
+    raise(("%s: %s: '%s' is %s [%s] there, expected %s [%s]"):format(name, file.path, key, dtype,
+      table.concat(shape, ", "), wanted_dtype, table.concat(wanted_shape, ", ")))
   end
 end
 
-local function load_model(name, path, model, state)
+---Look whether the file has all of the model. @return function  which copies it
+local function plan_model(name, file, model, state)
   local quantized = check.type(name, "state.json, quantized", state.quantized or {}, "table")
-  safetensors.with(path .. "/model.safetensors", function(file)
-    local wanted = {}
-    for _, entry in ipairs(model:named_parameters()) do
-      if module.is_quantized(entry.param) then
-        match_quantized(name, entry, quantized[entry.name], file)
-      end
-      for _, part in ipairs(module.parts(entry)) do wanted[part.name] = part.tensor end
+  local entries, residuals = model:named_parameters(), {}
+  for _, entry in ipairs(entries) do
+    local q = entry.param
+    local bits = module.is_quantized(q) and match_quantized(name, entry, quantized[entry.name], file)
+    if bits then
+      match_tensor(name, file, entry.name .. ".residual", "i32", { q.shape[1] * bits / 32, q.shape[2] })
+      residuals[#residuals + 1] = { q, bits }
     end
-    -- First look whether all is there, then overwrite: a mismatch must not leave half a model.
-    for key, tensor in pairs(wanted) do
-      local dtype, shape = file:info(key)
-      if dtype ~= tensor.dtype or table.concat(shape, ",") ~= table.concat(tensor.shape, ",") then
-        raise(("%s: %s: '%s' is %s [%s] there, expected %s [%s]"):format(name, file.path, key, dtype,
-          table.concat(shape, ", "), tensor.dtype, table.concat(tensor.shape, ", ")))
-      end
+    for _, part in ipairs(module.parts(entry)) do
+      match_tensor(name, file, part.name, part.tensor.dtype, part.tensor.shape)
     end
-    for key, tensor in pairs(wanted) do file:read(key, tensor) end
-  end)
-end
-
-local function load_optim(path, optim, state)
-  local function read(file)
-    local tensors = {}
-    for _, key in ipairs(file:names()) do tensors[key] = file:tensor(key, "cpu") end
-    optim:load_state({ numbers = state.optim, tensors = tensors })
-    for _, tensor in pairs(tensors) do tensor:free() end
   end
-  safetensors.with(path .. "/optim.safetensors", function(file) scopes.guard(read, file) end)
+  return function()
+    for _, pair in ipairs(residuals) do pair[1]:add_residual(pair[2]) end
+    for _, entry in ipairs(entries) do
+      for _, part in ipairs(module.parts(entry)) do file:read(part.name, part.tensor) end
+    end
+  end
 end
 
-local function restore(name, what, generator, saved)
+---Read the optimizer's state and let it look. @return table state
+local function read_optim(file, optim, state)
+  local tensors = {}
+  local saved = { numbers = state.optim, tensors = tensors }
+  for _, key in ipairs(file:names()) do tensors[key] = file:tensor(key, "cpu") end
+  if optim.check_state then optim:check_state(saved) end
+  return saved
+end
+
+local function check_generator(name, what, saved)
   check.type(name, what, saved, "table")
-  generator.seed = check.integer(name, what .. ".seed", saved.seed, 0, 2 ^ 32 - 1)
-  generator.draws = check.integer(name, what .. ".draws", saved.draws, 0, 2 ^ 32 - 1)
+  check.integer(name, what .. ".seed", saved.seed, 0, 2 ^ 32 - 1)
+  check.integer(name, what .. ".draws", saved.draws, 0, 2 ^ 32 - 1)
+end
+
+local function restore(generator, saved) generator.seed, generator.draws = saved.seed, saved.draws end
+
+---First look whether all of it fits, then overwrite: a mismatch must not leave half a run. What has its
+---own way of loading goes before the model, whose copy can only fail with the disk.
+local function load_all(name, files_open, options, state)
+  local copy_model = options.model and plan_model(name, files_open.model, options.model, state)
+  local saved = options.optim and read_optim(files_open.optim, options.optim, state)
+  if options.rng then check_generator(name, "rng", state.rng) end
+  check_generator(name, "default_rng", state.default_rng)
+  if options.data then options.data:load_state(state.data) end
+  if saved then
+    options.optim:load_state(saved)
+    for _, tensor in pairs(saved.tensors) do tensor:free() end
+  end
+  if copy_model then copy_model() end
+  if options.rng then restore(options.rng, state.rng) end
+  restore(random.default, state.default_rng)
 end
 
 ---Read a checkpoint into the objects of a run that were made as they were for the first start.
 ---@param path string  a checkpoint's folder, or one that holds some: then the newest
 ---@param options table|nil  { model, optim, data, rng }: what to restore; the default generator always is
 ---@return table state   { step, config, extra, path }
----@raise when there is none, or one does not fit
+---@raise when there is none, or one does not fit; model, optimizer and generators are as they were then
 function M.load(path, options)
   local name = "qm.checkpoints.load"
   check.type(name, "path", path, "string")
@@ -209,11 +237,15 @@ function M.load(path, options)
   check.type(name, "state.json", state, "table")
   if state.format ~= FORMAT then check.fail(name, "format", "checkpoint format " .. FORMAT, state.format) end
   check.integer(name, "step", state.step, 0)
-  if options.model then load_model(name, path, options.model, state) end
-  if options.optim then load_optim(path, options.optim, state) end
-  if options.data then options.data:load_state(state.data) end
-  if options.rng then restore(name, "rng", options.rng, state.rng) end
-  restore(name, "default_rng", random.default, state.default_rng)
+  local files_open = {}
+  local ok, message = pcall(function()
+    for _, part in ipairs({ "model", "optim" }) do
+      files_open[part] = options[part] and safetensors.open(("%s/%s.safetensors"):format(path, part))
+    end
+    scopes.guard(load_all, name, files_open, options, state)
+  end)
+  for _, file in pairs(files_open) do if file then file:close() end end
+  if not ok then error(message, 0) end
   return { step = state.step, config = state.config, extra = state.extra, path = path }
 end
 

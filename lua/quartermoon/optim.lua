@@ -269,34 +269,55 @@ function Optim:state()
   return state
 end
 
----Continue from a state: bit for bit as if never stopped.
----@param state table  what `state` returned; its tensors are copied
+---Each slot's part of a state's tensors, without the slot's name before theirs.
+local function share_out(self, name, state)
+  local parts, by_name = {}, {}
+  for _, slot in ipairs(self.slots) do
+    parts[slot], by_name[slot.name] = {}, slot
+  end
+  for key, tensor in pairs(check.type(name, "tensors", state.tensors, "table")) do
+    local path, slot = check.type(name, "a tensor's name", key, "string"), nil
+    while not slot and path do -- names hold dots: the longest that is a parameter's
+      path = path:match("^(.*)%.[^.]*$")
+      slot = path and by_name[path]
+    end
+    if not slot then check.fail(name, "state", "tensors of this optimizer's parameters", key) end
+    parts[slot][key:sub(#path + 2)] = tensor
+  end
+  return parts
+end
+
+---Would load_state take this state? Changes nothing.
+---@param state table  what `state` returned
+---@return table<qm.optim.Slot, table<string, qm.Tensor>> parts
 ---@raise when it belongs to other parameters
-function Optim:load_state(state)
+function Optim:check_state(state)
   local name = "optim:load_state"
   local numbers = check.type(name, "numbers", check.type(name, "state", state, "table").numbers, "table")
   if type(numbers.slots) ~= "table" or #numbers.slots ~= #self.slots then
     check.fail(name, "state", ("a state of %d parameters"):format(#self.slots),
       type(numbers.slots) == "table" and #numbers.slots or numbers.slots)
   end
+  check.integer(name, "steps", numbers.steps, 0)
+  check.integer(name, "skipped", numbers.skipped, 0)
+  local parts = share_out(self, name, state)
   for i, slot in ipairs(self.slots) do
-    local saved = check.type(name, "slots[" .. i .. "]", numbers.slots[i], "table").name
-    if saved ~= slot.name then
-      check.fail(name, "parameter " .. i, "'" .. slot.name .. "'", saved)
-    end
+    local saved = check.type(name, "slots[" .. i .. "]", numbers.slots[i], "table")
+    if saved.name ~= slot.name then check.fail(name, "parameter " .. i, "'" .. slot.name .. "'", saved.name) end
+    slot:check(saved, parts[slot])
   end
-  self.steps = check.integer(name, "steps", numbers.steps, 0)
-  self.measure.skipped:fill(check.integer(name, "skipped", numbers.skipped, 0))
+  return parts
+end
+
+---Continue from a state: bit for bit as if never stopped.
+---@param state table  what `state` returned; its tensors are copied
+---@raise when it belongs to other parameters; nothing changes then
+function Optim:load_state(state)
+  local parts, numbers = self:check_state(state), state.numbers
+  self.steps = numbers.steps
+  self.measure.skipped:fill(numbers.skipped)
   self.looked_at = math.floor(self.steps / STILL_STEPS)
-  local prefixed = {}
-  for key, tensor in pairs(state.tensors) do prefixed[#prefixed + 1] = { key, tensor } end
-  for i, slot in ipairs(self.slots) do
-    local own, lead = {}, slot.name .. "."
-    for _, pair in ipairs(prefixed) do
-      if pair[1]:sub(1, #lead) == lead then own[pair[1]:sub(#lead + 1)] = pair[2] end
-    end
-    slot:load(numbers.slots[i], own)
-  end
+  for i, slot in ipairs(self.slots) do slot:load(numbers.slots[i], parts[slot]) end
 end
 
 ---Release the state.

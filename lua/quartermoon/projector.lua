@@ -198,17 +198,26 @@ function Galore:state()
     numbers = { refreshes = self.refreshes, overdue = self.overdue and 1 or 0, pinned = self.pinned and 1 or 0 } }
 end
 
----Continue from what `state` gave.
----@param state table  its tensors are copied
-function Galore:load_state(state)
+---Would load_state take this state? Changes nothing.
+---@param state table
+---@return table numbers, table matrices
+function Galore.check_state(_, state)
   local name = "projector:load_state"
   check.type(name, "state", state, "table")
   local numbers = check.type(name, "state.numbers", state.numbers, "table")
   local matrices = check.options(name, state.tensors, { left = check.optional, right = check.optional })
   for key, matrix in pairs(matrices) do check.desc(name, key, matrix) end
-  self.refreshes = check.integer(name, "refreshes", numbers.refreshes, 0, 2 ^ 32 - 1)
-  self.overdue = check.integer(name, "overdue", numbers.overdue, 0, 1) == 1
-  self.pinned = check.integer(name, "pinned", numbers.pinned, 0, 1) == 1
+  check.integer(name, "refreshes", numbers.refreshes, 0, 2 ^ 32 - 1)
+  check.integer(name, "overdue", numbers.overdue, 0, 1)
+  check.integer(name, "pinned", numbers.pinned, 0, 1)
+  return numbers, matrices
+end
+
+---Continue from what `state` gave.
+---@param state table  its tensors are copied
+function Galore:load_state(state)
+  local numbers, matrices = self:check_state(state)
+  self.refreshes, self.overdue, self.pinned = numbers.refreshes, numbers.overdue == 1, numbers.pinned == 1
   replace(self, "left", matrices.left and matrices.left:clone())
   replace(self, "right", matrices.right and matrices.right:clone())
 end

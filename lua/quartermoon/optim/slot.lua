@@ -172,21 +172,65 @@ function Slot:numbers()
   return { name = self.name, steps = self.steps, projector = state and state.numbers }
 end
 
----Continue from what `numbers` and `tensors` gave.
+local MOMENTS = { exp_avg = true, exp_avg_sq = true }
+
+---The moments of a file must be those of this parameter; a projector's are smaller.
+local function check_moment(name, self, key, tensors)
+  local tensor, other = tensors[key], tensors[key == "exp_avg" and "exp_avg_sq" or "exp_avg"]
+  if not tensor then return end
+  local label, extents = self.name .. "." .. key, table.concat(tensor.shape, ", ")
+  local wanted = self.projector and other and other.shape or self.param.shape
+  if not other or extents ~= table.concat(wanted, ", ") or tensor.dtype ~= self.options.moments then
+    local expected = ("%s [%s] beside its pair"):format(self.options.moments, table.concat(wanted, ", "))
+    check.fail(name, label, expected, tensor)
+  end
+  for i, extent in ipairs(tensor.shape) do
+    local most = self.param.shape[i] or 0
+    if extent > most then check.fail(name, label, ("at most %d in extent %d"):format(most, i), tensor) end
+  end
+end
+
+---A projector's own part of the tensors, without copies.
+local function projected_part(tensors)
+  local projected = {}
+  for key, tensor in pairs(tensors) do
+    local own = key:match("^projector%.(.*)")
+    if own then projected[own] = tensor end
+  end
+  return projected
+end
+
+---Would `load` take this? Changes nothing.
+---@param numbers table
+---@param tensors table<string, qm.Tensor>
+---@raise when it is not this parameter's
+function Slot:check(numbers, tensors)
+  local name = "optim:load_state"
+  check.integer(name, self.name .. ".steps", numbers.steps, 0)
+  for key, tensor in pairs(tensors) do
+    check.desc(name, self.name .. "." .. key, tensor)
+    if not MOMENTS[key] and not (self.projector and key:match("^projector%.")) then
+      check.fail(name, "state", "no tensor '" .. self.name .. "." .. key .. "'", tensor)
+    end
+  end
+  for key in pairs(MOMENTS) do check_moment(name, self, key, tensors) end
+  if self.projector and self.projector.check_state then
+    self.projector:check_state({ numbers = numbers.projector, tensors = projected_part(tensors) })
+  end
+end
+
+---Continue from what `numbers` and `tensors` gave, and `check` takes.
 ---@param numbers table
 ---@param tensors table<string, qm.Tensor>  copied
 function Slot:load(numbers, tensors)
-  self.steps = check.integer("optim:load_state", self.name .. ".steps", numbers.steps, 0)
-  for _, key in ipairs({ "exp_avg", "exp_avg_sq" }) do
+  self.steps = numbers.steps
+  for key in pairs(MOMENTS) do
     if self[key] then self[key]:free() end
     self[key] = tensors[key] and tensors[key]:to(self.device):keep()
   end
   if self.projector and self.projector.load_state then
-    local projected = {}
-    for key, tensor in pairs(tensors) do
-      local own = key:match("^projector%.(.*)")
-      if own then projected[own] = tensor:to(self.device) end -- which keeps copies
-    end
+    local projected = projected_part(tensors)
+    for key, tensor in pairs(projected) do projected[key] = tensor:to(self.device) end -- which keeps copies
     self.projector:load_state({ numbers = numbers.projector, tensors = projected })
     for _, tensor in pairs(projected) do tensor:free() end
   end
