@@ -1,6 +1,8 @@
 -- Replays recorded update steps of the original system (bitorch-engine), every file mpq_*.safetensors
--- of $QM_GOLDEN (default ../shared/golden beside the tree). The files' metadata say everything.
+-- of $QM_GOLDEN (default ../shared/golden beside the tree), and reads weights in every format of files,
+-- fmt_*.safetensors. The files' metadata say everything.
 local qm = require("quartermoon")
+local mpq = require("spec.support.mpq")
 local testing = require("spec.support.testing")
 
 local folder = os.getenv("QM_GOLDEN") or "../shared/golden"
@@ -122,6 +124,64 @@ describe("The original's recorded update steps", function()
         testing.assert_equal(file.read("scales"), q.scales, "scales")
         testing.assert_equal(file.read("zeros"), q.zeros, "zeros")
         assert.is_nil(q.qscales_zeros)
+      end)
+    end
+  end
+end)
+
+---------------------------------------------------------------------------------------------------
+
+---A weight of a fmt_ file: { format, tensors by their names in weights' files, options, what to compare }.
+local FORMATS = {
+  fmt_gptq_w3 = { { "gptq", { qweight = "qweight", qzeros = "qzeros", scales = "scales", g_idx = "g_idx" },
+    weight = "weight" } },
+  fmt_awq_gemm = { { "awq", { qweight = "qweight", qzeros = "qzeros", scales = "scales" }, weight = "weight" } },
+  fmt_mbwq_q4 = { { "mbwq", { qweight = "qweight", scales = "scales", zeros = "zeros", q_perm = "q_perm" },
+    weight = "weight" },
+    { "mbwq", { qweight = "qweight", scales = "scales", zeros = "zeros" }, weight = "weight_zero_perm" } },
+  fmt_exl2_mixed = { { "exl2", { q_weight = "q_weight", q_scale = "q_scale", q_scale_max = "q_scale_max",
+    q_invperm = "q_invperm", q_groups = "q_groups" }, weight = "weight_exl2" },
+    { "mbwq", { qweight = "q_weight", scales = "scales", zeros = "zeros", q_perm = "q_perm", q_groups = "q_groups",
+      channel_scale = "channel_scale" }, weight = "weight_bie" } },
+}
+FORMATS.fmt_mbwq_q2 = FORMATS.fmt_mbwq_q4
+
+local function assert_same_codes(file, q)
+  if file.has("codes") then testing.assert_equal(file.read("codes"), q:unpack(), "codes") end
+  if file.has("zero_points") and q.asym then
+    local points = qm.tensor(mpq.zero_points(q), { dtype = file.read("zero_points").dtype })
+    testing.assert_equal(file.read("zero_points"), points, "zero_points")
+  end
+  if not q.sections then return end
+  local map, rows = q:bie_groups()
+  testing.assert_equal(file.read("q_group_map"), qm.tensor(map, { dtype = "i16" }), "q_group_map")
+  testing.assert_equal(file.read("rows"), qm.tensor(rows, { dtype = "i32" }), "rows")
+end
+
+local function replay_format(file, case)
+  local fields = {}
+  for field, name in pairs(case[2]) do fields[field] = file.read(name) end
+  local bits = tonumber(file.metadata.bits)
+  local q = qm.QParam.import(case[1], fields, { bits = bits, group_size = tonumber(file.metadata.group_size),
+    sym = false })
+  local weight = file.read(case.weight)
+  assert_same_codes(file, q)
+  testing.assert_equal(weight, q:dequantize(weight.dtype), case.weight)
+  local data = q.data:bytes()
+  q:pack(q:dequantize("f32"))
+  assert.equal(data, q.data:bytes())
+  for field, tensor in pairs(q:export(case[1])) do
+    if case[2][field] then testing.assert_equal(file.read(case[2][field]), tensor, field) end
+  end
+end
+
+describe("Weights as files have them", function()
+  for name, cases in pairs(FORMATS) do
+    for _, case in ipairs(cases) do
+      it(("are read as their programs do, and written the same: %s, %s"):format(name, case.weight), function()
+        local path = list(name .. ".safetensors")[1]
+        if not path then return pending("no " .. name .. ".safetensors in " .. folder .. " (set QM_GOLDEN)") end
+        replay_format(open(path), case)
       end)
     end
   end

@@ -336,6 +336,12 @@ QParam.__tostring = QParam.describe
 ---From a dense weight; see qparam_quantize.lua.
 function QParam.quantize(w, options) return require("quartermoon.qparam_quantize").quantize(w, options) end
 
+---From the tensors of a GPTQ, AWQ, EXL2 or bitorch-engine file, and as such; see qparam_files.lua.
+function QParam.import(kind, fields, options)
+  return require("quartermoon.qparam_files").import(kind, fields, options)
+end
+function QParam:export(kind, options) return require("quartermoon.qparam_files").export(self, kind, options) end
+
 ---Undo double quantization; see qparam_quantize.lua. @return qm.QParam self
 function QParam:prepare() return require("quartermoon.qparam_quantize").prepare(self) end
 
@@ -347,6 +353,7 @@ end
 ---One update step in place; see qparam_update.lua.
 function QParam.update(q, options) return require("quartermoon.qparam_update").update(q, options) end
 
-check.methods("qm.QParam", QParam, { new = true, quantize = true, update = true, descriptor = true })
+check.methods("qm.QParam", QParam, { new = true, quantize = true, import = true, update = true,
+  descriptor = true })
 
 return M

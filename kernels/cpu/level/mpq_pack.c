@@ -55,10 +55,10 @@ static void pack_row(const qm_mpq_pack_args *args, pack_block *block, int64_t p)
   const float *restrict steps = block->w;
   uint32_t *restrict words = block->words, *restrict codes = block->codes;
   uint32_t *restrict residual = block->residual;
-  for (int64_t j = 0; j < n; j++) {
-    codes[j] = (uint32_t)(((int32_t)steps[j] + half) >> bits);
-    words[j] |= codes[j] << shift;
-  }
+  for (int64_t j = 0; j < n; j++)
+    words[j] |= (uint32_t)(((int32_t)steps[j] + half) >> bits) << shift;
+  if (place.beyond)
+    for (int64_t j = 0; j < n; j++) codes[j] = (uint32_t)(((int32_t)steps[j] + half) >> bits);
   qm_mpq_flush_codes(&place, words, codes, &block->grid);
   if (bits == 0) return;
   const int32_t rest_shift = bits * (int32_t)(p % (32 / bits));
