@@ -1,7 +1,9 @@
 -- Replays recorded update steps of the original system (bitorch-engine), every file mpq_*.safetensors
 -- of $QM_GOLDEN (default ../shared/golden beside the tree), and reads weights in every format of files,
--- fmt_*.safetensors. The files' metadata say everything.
+-- fmt_*.safetensors. The files' metadata say everything. Then what transformers computed from the model
+-- folders under hf/.
 local qm = require("quartermoon")
+local hf_folder = require("spec.support.hf_folder")
 local mpq = require("spec.support.mpq")
 local testing = require("spec.support.testing")
 
@@ -183,6 +185,23 @@ describe("Weights as files have them", function()
         if not path then return pending("no " .. name .. ".safetensors in " .. folder .. " (set QM_GOLDEN)") end
         replay_format(open(path), case)
       end)
+    end
+  end
+end)
+
+---------------------------------------------------------------------------------------------------
+
+describe("Model folders and what transformers computed from them:", function()
+  local folders = list("hf/*/config.json")
+  if #folders == 0 then
+    it("all of them", function() pending("no hf/*/config.json in " .. folder .. " (set QM_GOLDEN)") end)
+  end
+  for _, path in ipairs(folders) do
+    local at = path:match("^(.*)/config%.json$")
+    local name = at:match("[^/]+$")
+    it(name, function() hf_folder.replay(at) end)
+    if qm.files.exists(at .. "/config.legacy.json") then
+      it(name .. ", its configuration of the older generation", function() hf_folder.replay_legacy(at) end)
     end
   end
 end)

@@ -142,6 +142,7 @@ function Decoder:loss(tokens, targets, cu_seqlens)
   local name = "model:loss"
   check.desc(name, "targets", targets)
   local x = hidden_states(self, name, tokens, cu_seqlens)
+  if self.lm_head and nn.is_quantized(self.lm_head.weight) then return qm.cross_entropy(self.lm_head(x), targets) end
   if self.lm_head then return qm.linear_cross_entropy(x, self.lm_head.weight, targets) end
   return qm.linear_cross_entropy(x, self.tied_weight, targets, { transposed = true })
 end
@@ -210,6 +211,12 @@ function Decoder:next_logits(tokens, cache, cu_seqlens)
 end
 
 Decoder.generate = generation.generate
+
+---The parameters as published folders have them; see models/published.lua.
+function Decoder:published_parameters() return require("quartermoon.models.published").parameters(self) end
+
+---Write a folder that transformers and what serves such folders read; see models/save.lua.
+function Decoder:save(folder, options) return require("quartermoon.models.save").save(self, folder, options) end
 
 ---Release weights and positions.
 function Decoder:free()

@@ -1,3 +1,5 @@
----Models: qm.models.llama, qm.models.gpt2.
+---Models: qm.models.load for folders as the Hugging Face hub has them, qm.models.llama and qm.models.gpt2
+---for fresh ones.
 
-return { llama = require("quartermoon.models.llama"), gpt2 = require("quartermoon.models.gpt2") }
+return { llama = require("quartermoon.models.llama"), gpt2 = require("quartermoon.models.gpt2"),
+  load = require("quartermoon.models.folder").load }

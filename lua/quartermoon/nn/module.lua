@@ -88,6 +88,7 @@ function M.parameter(self, name, shape, make, more)
   self.declared[#self.declared + 1] = declaration
 end
 
+---Inside `declare`?
 function M.is_declaring() return declaring end
 
 local function gather(module, prefix, entries, seen)

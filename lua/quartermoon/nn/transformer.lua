@@ -92,7 +92,8 @@ function Attention.new(options)
   local name = "qm.nn.Attention"
   options = check.options(name, options, { hidden_size = check.required, heads = check.required,
     kv_heads = check.optional, head_size = check.optional, linear = check.required, bias = false,
-    output_bias = false, qk_norm = false, eps = 1e-6, window = check.optional, device = check.optional, generator = check.optional })
+    output_bias = false, qk_norm = false, eps = 1e-6, window = check.optional, device = check.optional,
+    generator = check.optional })
   local self = module.create(Attention)
   check.type(name, "linear", options.linear, "function")
   local hidden = check.integer(name, "hidden_size", options.hidden_size, 1)
