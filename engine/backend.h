@@ -104,6 +104,11 @@ typedef struct qm_qr_args {
   qm_array a, q;
   int64_t m, n;
 } qm_qr_args;
+typedef struct qm_cholesky_inverse_args {
+  qm_array a, u;
+  int64_t n;
+  double damping;
+} qm_cholesky_inverse_args;
 
 typedef struct qm_rms_norm_args {
   qm_array x, residual, weight, sum, out, rstd;
@@ -230,6 +235,12 @@ typedef struct qm_mpq_linear_args {
   int32_t transposed;
 } qm_mpq_linear_args;
 
+typedef struct qm_gptq_rows_args {
+  qm_array w, u, scales, zeros, groups, errors;
+  int64_t rows, columns, group_count;
+  float levels;
+} qm_gptq_rows_args;
+
 /* Every kernel, in the order of the header. X(name) expands once per kernel; the arguments of
 ** kernel `name` are `qm_<name>_args`. Append, never reorder. */
 #define QM_KERNEL_LIST(X)                                                                          \
@@ -270,7 +281,12 @@ typedef struct qm_mpq_linear_args {
   X(layer_norm)                                                                                    \
   X(layer_norm_backward)                                                                           \
   X(unary_backward)                                                                                \
+<<<<<<< HEAD
   X(scatter)
+=======
+  X(cholesky_inverse)                                                                              \
+  X(gptq_rows)
+>>>>>>> cbf84a6 (engine: GPTQ's rounding and its Cholesky factor)
 
 typedef qm_gather_args qm_scatter_add_args;
 typedef qm_gather_args qm_scatter_args;

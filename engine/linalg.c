@@ -66,3 +66,14 @@ int32_t qm_qr(const qm_tensor *a, const qm_tensor *q) {
   qm__operand(&call, "q", q, "f32 [M, N]", QM__WRITE, &args.q);
   return QM__DISPATCH(call, qr, &args);
 }
+
+int32_t qm_cholesky_inverse(const qm_tensor *a, const qm_tensor *u, double damping) {
+  qm__call call = qm__begin("qm_cholesky_inverse");
+  qm_cholesky_inverse_args args = {.damping = damping};
+  qm__operand(&call, "a", a, "f32 [N, N]", QM__READ, &args.a);
+  qm__operand(&call, "u", u, "f32 [N, N]", QM__WRITE, &args.u);
+  args.n = qm__size(&call, "N");
+  qm__require(&call, damping >= 0.0 && damping < 1e30,
+              "argument 'damping': expected a number of at least 0, got %g", damping);
+  return QM__DISPATCH(call, cholesky_inverse, &args);
+}

@@ -257,6 +257,25 @@ int32_t qm_mpq_fit(const qm_mpq *q, const qm_tensor *w, int32_t method, double r
   return QM__DISPATCH(call, mpq_fit, &args);
 }
 
+int32_t qm_gptq_rows(const qm_tensor *w, const qm_tensor *u, const qm_tensor *scales,
+                     const qm_tensor *zeros, const qm_tensor *groups, const qm_tensor *errors,
+                     int32_t levels) {
+  qm__call call = qm__begin("qm_gptq_rows");
+  qm_gptq_rows_args args = {.levels = (float)levels};
+  qm__operand(&call, "w", w, "f32 [B, N]", QM__IN_PLACE, &args.w);
+  qm__operand(&call, "u", u, "f32 [B, B]", QM__READ, &args.u);
+  qm__operand(&call, "scales", scales, "f32 [G, N]", QM__READ, &args.scales);
+  qm__operand(&call, "zeros", zeros, "f32 [G, N]", QM__READ, &args.zeros);
+  qm__operand(&call, "groups", groups, "i32 [B]", QM__READ, &args.groups);
+  qm__operand(&call, "errors", errors, "f32 [B, N]", QM__WRITE, &args.errors);
+  qm__require(&call, levels >= 1 && levels <= 255, "argument 'levels': expected 1 to 255, got %d",
+              levels);
+  args.rows = qm__size(&call, "B");
+  args.columns = qm__size(&call, "N");
+  args.group_count = qm__size(&call, "G");
+  return QM__DISPATCH(call, gptq_rows, &args);
+}
+
 int32_t qm_mpq_prepare(const qm_tensor *codes, int32_t shift, int32_t mask, const qm_tensor *zeros,
                        const qm_tensor *scales, const qm_tensor *out) {
   qm__call call = qm__begin("qm_mpq_prepare");

@@ -245,6 +245,9 @@ int32_t qm_linear(const qm_tensor *x, const qm_tensor *weight, const qm_tensor *
 int32_t qm_svd(const qm_tensor *a, const qm_tensor *u, const qm_tensor *s, const qm_tensor *vt);
 /* Orthonormal basis of the columns: q of the thin QR. f32, a [M, N] with M >= N, q [M, N]. */
 int32_t qm_qr(const qm_tensor *a, const qm_tensor *q);
+/* Upper triangular u with inverse(a + damping mean(diagonal(a)) I) = u^T u; f32 [N, N], below the
+** diagonal zeros. a symmetric. QM_E_ARGUMENT where the damped a is not positive definite. */
+int32_t qm_cholesky_inverse(const qm_tensor *a, const qm_tensor *u, double damping);
 
 /* ---- transformer layers: activations float of one type, statistics f32 ---- */
 
@@ -403,6 +406,16 @@ int32_t qm_mpq_pack(const qm_mpq *q, const qm_tensor *w, const qm_noise *noise);
 ** asym), QM_FIT_MSE then shrinks the span to the least squared error; range multiplies the span. */
 enum { QM_FIT_MINMAX = 0, QM_FIT_MSE = 1 };
 int32_t qm_mpq_fit(const qm_mpq *q, const qm_tensor *w, int32_t method, double range);
+/* Round rows one after the other onto their grids, c = clamp(round((w + zeros) / scales), 0,
+** levels),
+** w = scales c - zeros, and make up for each row's error in those that follow:
+** errors[k] = (w[k] - rounded[k]) / u[k][k]; w[j] -= u[k][j] errors[k] for j > k (GPTQ).
+** w f32 [B, N], in place; u f32 [B, B]; scales, zeros f32 [G, N]; groups i32 [B], each row's;
+** errors
+** f32 [B, N], written. */
+int32_t qm_gptq_rows(const qm_tensor *w, const qm_tensor *u, const qm_tensor *scales,
+                     const qm_tensor *zeros, const qm_tensor *groups, const qm_tensor *errors,
+                     int32_t levels);
 /* GBA's double quantization: out[g, n] = fl(fl(code - zeros[g, d]) * scales[g, d]), d = n / dq,
 ** in out's type. codes u8 [G, D, dq]; the nibble that `shift` and `mask` select is the code.
 ** zeros, scales of out's type: [G, D] or one row for all groups [1, D]; D * dq = N. out [G, N]. */

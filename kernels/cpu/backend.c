@@ -110,5 +110,6 @@ const qm_backend *qm_cpu_backend(const qm_host *host) {
   backend.kernels.gemm = qm_cpu_gemm;
   backend.kernels.svd = qm_cpu_svd;
   backend.kernels.qr = qm_cpu_qr;
+  backend.kernels.cholesky_inverse = qm_cpu_cholesky_inverse;
   return &backend;
 }

@@ -29,6 +29,7 @@ void qm_cpu_gemm_close(qm_cpu_context *context);
 int32_t qm_cpu_gemm(void *context, const qm_gemm_args *args);
 int32_t qm_cpu_svd(void *context, const qm_svd_args *args);
 int32_t qm_cpu_qr(void *context, const qm_qr_args *args);
+int32_t qm_cpu_cholesky_inverse(void *context, const qm_cholesky_inverse_args *args);
 
 #ifdef QM_CPU_LEVEL
 #define QM_CPU_PASTE_(a, b, c) a##b##_##c

@@ -56,3 +56,27 @@ int32_t qm_cpu_qr(void *context, const qm_qr_args *args) {
   free(tau);
   return info == 0 ? QM_OK : refuse("sgelqf", info);
 }
+
+/* What the reference calls the lower triangle of b is the upper one to LAPACK. */
+int32_t qm_cpu_cholesky_inverse(void *context, const qm_cholesky_inverse_args *args) {
+  (void)context;
+  const int32_t status = check(&args->a);
+  if (status != QM_OK || args->a.count == 0) return status;
+  const int64_t count = args->a.count;
+  const lapack_int n = (lapack_int)args->n;
+  double *b = malloc((size_t)count * sizeof *b);
+  if (b == NULL) return qm_reference_host->fail(QM_E_MEMORY, "the host is out of memory");
+  for (int64_t i = 0; i < count; i++) b[count - 1 - i] = (double)((const float *)args->a.data)[i];
+  const double damping = qm_reference_damped(args);
+  for (int64_t i = 0; i < count; i += n + 1) b[i] += damping;
+  lapack_int info = LAPACKE_dpotrf_work(LAPACK_COL_MAJOR, 'U', n, b, n);
+  const int64_t row = info > 0 ? args->n - info : -1;
+  if (info == 0) info = LAPACKE_dtrtri_work(LAPACK_COL_MAJOR, 'U', 'N', n, b, n);
+  float *u = args->u.data;
+  for (int64_t i = 0; info == 0 && i < args->n; i++)
+    for (int64_t j = 0; j < args->n; j++)
+      u[i * args->n + j] = j >= i ? (float)b[count - 1 - i * args->n - j] : 0.0f;
+  free(b);
+  if (row >= 0) return qm_reference_not_positive(row);
+  return info == 0 ? QM_OK : refuse("dpotrf", info);
+}

@@ -20,6 +20,10 @@ extern const qm_kernels qm_reference_kernels;
 ** of packed sequences ascend from 0 to rows, targets are classes, positions stand in the table. */
 int32_t qm_reference_check_offsets(const char *name, const qm_array *offsets, int64_t rows);
 int32_t qm_reference_check_finite(const char *name, const qm_array *x);
+int32_t qm_reference_check_groups(const qm_gptq_rows_args *args);
+/* What is added to the diagonal; and the refusal of a matrix from the row where it fails. */
+double qm_reference_damped(const qm_cholesky_inverse_args *args);
+int32_t qm_reference_not_positive(int64_t row);
 int32_t qm_reference_check_targets(const qm_cross_entropy_args *args);
 double qm_reference_loss_scale(const qm_cross_entropy_args *args);
 int32_t qm_reference_check_positions(const qm_rope_args *args);

@@ -11,6 +11,7 @@ void QM_CPU(level)(qm_kernels *kernels) {
   kernels->copy = QM_CPU(copy);
   kernels->fill = QM_CPU(fill);
   kernels->gather = QM_CPU(gather);
+  kernels->gptq_rows = QM_CPU(gptq_rows);
   kernels->layer_norm = QM_CPU(layer_norm);
   kernels->layer_norm_backward = QM_CPU(layer_norm_backward);
   kernels->mpq_dequantize = QM_CPU(mpq_dequantize);
