@@ -180,7 +180,7 @@ end
 ---that changes from one such step to the next lies in the device's memory.
 ---@param tokens qm.Tensor|nil  i32 [R]; nil: the plan begins with them
 ---@return qm.Tensor            [W, vocab_size]
-function M.decode(self, cache, plan, sizes, tokens)
+local function decode(self, cache, plan, sizes, tokens)
   local context, planned = caches.parts(plan, sizes)
   local last = context.last
   context.last = nil
@@ -204,13 +204,32 @@ function Decoder:next_logits(tokens, cache, cu_seqlens)
   if tokens.shape[1] == 0 then check.fail(name, "tokens", "at least one token", tokens) end
   local logits = qm.no_grad(qm.scope, function()
     local plan, sizes = cache:plan(name, counts)
-    return M.decode(self, cache, plan, sizes, tokens)
+    return decode(self, cache, plan, sizes, tokens)
   end)
   cache:advance(counts)
   return logits
 end
 
-Decoder.generate = generation.generate
+---Continue a text, or several at once.
+---
+---How a token is chosen, and in which order the samplers act: models/sampler.lua.
+---
+---@param prompt integer[]|qm.Tensor|string|table  token numbers, at least one, or with a tokenizer a string; or a
+---   list of these, texts of different lengths
+---@param options table|nil  { max_tokens = 100 (of each text; the model's positions bound it too),
+---   temperature = 1 (0: always the likeliest), top_k = all, top_p = 1, min_p = 0, repetition_penalty = 1,
+---   seed = 0 (text i of a list draws from seed + i - 1, so that it does not depend on the others),
+---   stop = a token number, a string or a list of both (strings need a tokenizer), tokenizer = nil,
+---   on_token = function(token, i) or nil, on_text = function(words, i) or nil: whole characters, without
+---   special tokens, never a part of a stop string; i counts the texts from 1,
+---   batch = 16 (texts in one step), prefill_rows = 2048 (rows of prompts in one step), record = on GPUs (steps
+---   of one row for each text are recorded and replayed: see qm.graph) }
+---@return integer[] tokens  the new ones, without the prompt; ends before a stop token, behind a stop string; of
+---   several texts a list of such lists
+---@return table info  { reason = "stop" or "length", text = what on_text got in all, with a tokenizer }; of
+---   several texts a list of such
+---@raise when options do not fit, or the scores are not numbers
+function Decoder:generate(prompt, options) return generation.generate(self, decode, prompt, options) end
 
 ---The parameters as published folders have them; see models/published.lua.
 function Decoder:published_parameters() return require("quartermoon.models.published").parameters(self) end

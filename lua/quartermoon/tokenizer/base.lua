@@ -4,6 +4,7 @@ local cjson = require("cjson")
 local binding = require("quartermoon.ffi")
 local check = require("quartermoon.check")
 local files = require("quartermoon.files")
+local stream = require("quartermoon.tokenizer.stream")
 local tensors = require("quartermoon.tensor")
 local split = require("quartermoon.tokenizer.split")
 
@@ -84,6 +85,11 @@ function Base:decode(ids)
   end
   return table.concat(parts)
 end
+
+---Decode tokens as they come, in whole characters: `stream:push(id)` gives text, `stream:finish()` the rest.
+---@param options table|nil  { skip_special = true: special tokens give no text }
+---@return qm.TokenStream
+function Base:stream(options) return stream.new(self, options) end
 
 ---The one JSON text of this tokenizer: equal tokenizers, equal text.
 function Base:json()
