@@ -281,12 +281,9 @@ typedef struct qm_gptq_rows_args {
   X(layer_norm)                                                                                    \
   X(layer_norm_backward)                                                                           \
   X(unary_backward)                                                                                \
-<<<<<<< HEAD
-  X(scatter)
-=======
+  X(scatter)                                                                                       \
   X(cholesky_inverse)                                                                              \
   X(gptq_rows)
->>>>>>> cbf84a6 (engine: GPTQ's rounding and its Cholesky factor)
 
 typedef qm_gather_args qm_scatter_add_args;
 typedef qm_gather_args qm_scatter_args;
