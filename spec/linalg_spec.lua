@@ -303,6 +303,43 @@ for _, device in ipairs({ "reference", testing.device }) do
     end)
   end)
 
+  describe("qm.cholesky_inverse on " .. device, function()
+    it("factors an inverse by hand", function()
+      -- a = diag(4, 16) has the inverse diag(1/4, 1/16).
+      local a = qm.tensor({ { 4, 0 }, { 0, 16 } }, { device = device })
+      assert.same({ { 0.5, 0 }, { 0, 0.25 } }, qm.cholesky_inverse(a):totable())
+      -- Damped by 0.6 of the mean 10: diag(10, 22).
+      testing.assert_close(qm.tensor({ { 1 / 10 ^ 0.5, 0 }, { 0, 1 / 22 ^ 0.5 } }, { device = device }),
+        qm.cholesky_inverse(a, 0.6), 1e-6)
+    end)
+
+    it("gives an upper triangle whose square is the inverse", function()
+      for _, n in ipairs({ 1, 2, 7, 33, 70 }) do
+        local x = qm.randn({ 3 * n, n }, { device = device })
+        local a = qm.matmul(x, x, { trans_a = true })
+        local u = qm.cholesky_inverse(a)
+        testing.assert_close(identity(n, device), qm.matmul(qm.matmul(u, u, { trans_a = true }), a), 1e-4)
+        local rows = u:totable()
+        for i = 1, n do
+          assert.is_true(rows[i][i] > 0)
+          for j = 1, i - 1 do assert.equal(0, rows[i][j]) end
+        end
+      end
+      assert.same({ 0, 0 }, qm.cholesky_inverse(qm.empty({ 0, 0 }, { device = device })).shape)
+    end)
+
+    it("refuses what is not positive definite", function()
+      local singular = qm.ones({ 3, 3 }, { device = device })
+      assert.error_matches(function() qm.cholesky_inverse(singular) end, "expected a positive definite matrix", 1, true)
+      qm.cholesky_inverse(singular, 0.01)
+      assert.error_matches(function() qm.cholesky_inverse(qm.ones({ 2, 3 }, { device = device })) end,
+        "expected f32 [N, N], got f32 [2, 3]", 1, true)
+      assert.error_matches(function() qm.cholesky_inverse(qm.full({ 2, 2 }, 0 / 0, { device = device })) end,
+        "expected finite values", 1, true)
+      assert.error_matches(function() qm.cholesky_inverse(singular, -1) end, "damping", 1, true)
+    end)
+  end)
+
   describe("qm.qr on " .. device, function()
     it("gives an orthonormal basis of the columns, whatever their rank", function()
       for _, size in ipairs({ { 1, 1, 1 }, { 6, 1, 1 }, { 5, 5, 5 }, { 67, 13, 13 }, { 20, 6, 3 } }) do

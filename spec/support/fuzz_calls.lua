@@ -50,6 +50,7 @@ return function(qm, device)
     { "qm.linear", function() return leaf(4, 6), leaf(6, 5), leaf(5) end },
     { "qm.svd", function() return randn(6, 4) end },
     { "qm.qr", function() return randn(6, 4) end },
+    { "qm.cholesky_inverse", function() return qm.ones({ 4, 4 }, { device = device }), 0.5 end },
     { "qm.rms_norm", function() return leaf(3, 16), leaf(16), 1e-5 end },
     { "qm.add_rms_norm", function() return leaf(3, 16), randn(3, 16), leaf(16), 1e-5 end },
     { "qm.layer_norm", function() return leaf(3, 16), leaf(16), leaf(16), 1e-5 end },

@@ -111,4 +111,21 @@ function M.qr(a)
   return q
 end
 
+---The upper Cholesky factor of a symmetric matrix's inverse: `u^T u` is the inverse of a with `damping`
+---times the mean of its diagonal added to the diagonal. Not differentiable.
+---
+---Source: what GPTQ (arXiv 2210.17323) works with. Computed in f64.
+---@param a qm.Tensor   f32 [N, N], symmetric
+---@param damping number|nil  default 0
+---@return qm.Tensor u  f32 [N, N], zeros below the diagonal
+---@raise when the damped a is not positive definite, or holds NaN or infinity
+function M.cholesky_inverse(a, damping)
+  local name = "qm.cholesky_inverse"
+  local a_desc = check.desc(name, "a", a)
+  damping = check.number(name, "damping", damping or 0, 0)
+  local u = a:empty_like()
+  binding.check(lib.qm_cholesky_inverse(a_desc, u.desc, damping), name, u)
+  return u
+end
+
 return M
