@@ -2,7 +2,7 @@
 -- $QM_CUDA_ARCHS narrows what is compiled for ("90a" halves the time). Beside each object lies a .log of
 -- what the compiler said, with registers and spills where $QM_CUDA_REPORT is 1: scripts/spills reads it.
 local nvcc_options = {
-  "-std=c++20", "-O3", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra", "-Werror=all-warnings",
+  "-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra", "-Werror=all-warnings",
   "-fmad=false", -- as -ffp-contract=off elsewhere
   "-Iengine", "-Ikernels", "-cudart=static",
 }
@@ -23,7 +23,7 @@ $(out)/libquartermoon_cuda.so: $(objects)
 $(out)/cuda/%.o: kernels/cuda/%.cu build/make/cuda.make
 > @mkdir -p $(@D)
 > @echo $(notdir $<)
-> @$(NVCC) OPTIONS -MMD -c -o $@ $<
+> @$(NVCC) OPTIONS -MMD -c -o $@ $< >$(@:.o=.log) 2>&1 || { cat $(@:.o=.log); rm -f $@; exit 1; }
 -include $(objects:.o=.d)
 ]]
 os.execute("mkdir -p build/make")
