@@ -7,17 +7,28 @@
 ---executed. Content is text and nothing else: special tokens in it stay words.
 
 local check = require("quartermoon.check")
+local Tokenizer = require("quartermoon.tokenizer.base")
 local tensors = require("quartermoon.tensor")
 
 local M = {}
 
 local ROLES = { system = true, user = true, assistant = true, tool = true }
 
+local function check_messages(name, messages)
+  for i, message in ipairs(check.type(name, "messages", messages, "table")) do
+    local at = ("messages[%d]"):format(i)
+    check.type(name, at, message, "table")
+    if not ROLES[message.role] then check.fail(name, at .. ".role", "system, user, assistant or tool", message.role) end
+    check.type(name, at .. ".content", message.content, "string")
+  end
+end
+
 -- A part is { special = word } or { text = ..., learn = true|nil }; texts side by side are one text,
 -- but that what is learnt begins a part of its own, as it does when the model generates it.
 
 ---<|im_start|>role\ncontent<|im_end|>\n: Qwen, and many that are tuned after OpenAI's ChatML.
 local function chatml(messages, prompt)
+  check_messages("qm.chat.formats.chatml", messages)
   local parts = {}
   for _, message in ipairs(messages) do
     local learn = message.role == "assistant" or nil
@@ -40,6 +51,7 @@ end
 
 ---Llama 3: <|start_header_id|>role<|end_header_id|>\n\ncontent<|eot_id|>, behind <|begin_of_text|>.
 local function llama3(messages, prompt)
+  check_messages("qm.chat.formats.llama3", messages)
   local parts = { { special = "<|begin_of_text|>" } }
   local function header(role)
     parts[#parts + 1] = { special = "<|start_header_id|>" }
@@ -66,23 +78,25 @@ end
 
 ---[INST] question [/INST] answer</s>, the system's words before the first question: Llama 2 between
 ---<<SYS>> marks, Mistral as a paragraph.
-local function instructions(opening, closing, each_begins)
+local function instructions(name, opening, closing, each_begins)
+  name = "qm.chat.formats." .. name
   return function(messages)
+    check_messages(name, messages)
     local parts, system = {}, ""
     for i, message in ipairs(messages) do
       if message.role == "system" then
-        if i > 1 then error("a system message must come first in this format", 0) end
+        if i > 1 then check.fail(name, "messages", "a system message only in the first place", i) end
         system = opening .. message.content .. closing
       elseif message.role == "user" then
         if #parts == 0 or each_begins then parts[#parts + 1] = { special = "<s>" } end
         parts[#parts + 1] = { text = "[INST] " .. system .. message.content:match("^%s*(.-)%s*$") .. " [/INST]" }
         system = ""
       elseif message.role == "assistant" then
-        if #parts == 0 then error("an answer must follow a question in this format", 0) end
+        if #parts == 0 then check.fail(name, "messages", "a question before each answer", message.role) end
         parts[#parts + 1] = { text = " " .. message.content:match("^%s*(.-)%s*$"), learn = true }
         parts[#parts + 1] = { special = "</s>", learn = true }
       else
-        error(("the role '%s' has no place in this format"):format(message.role), 0)
+        check.fail(name, "messages", "the roles system, user and assistant", message.role)
       end
     end
     return parts
@@ -91,30 +105,22 @@ end
 
 ---Formats by name; add your own: function(messages, prompt) -> parts.
 ---@type table<string, function>
-M.formats = { chatml = chatml, llama3 = llama3, llama2 = instructions("<<SYS>>\n", "\n<</SYS>>\n\n", true),
-  mistral = instructions("", "\n\n", false) }
+M.formats = { chatml = chatml, llama3 = llama3, llama2 = instructions("llama2", "<<SYS>>\n", "\n<</SYS>>\n\n", true),
+  mistral = instructions("mistral", "", "\n\n", false) }
 
 ---The format that a tokenizer's special tokens speak of, or nil.
 ---@param tokenizer qm.Tokenizer
 ---@return string|nil
 function M.format_of(tokenizer)
+  check.instance("qm.chat.format_of", "tokenizer", tokenizer, Tokenizer, "qm.Tokenizer")
   if tokenizer:special("<|im_start|>") then return "chatml" end
   if tokenizer:special("<|start_header_id|>") then return "llama3" end
   if tokenizer:special("[INST]") then return "mistral" end
   if tokenizer:special("<s>") and tokenizer:special("</s>") then return "llama2" end
 end
 
-local function check_messages(name, messages)
-  for i, message in ipairs(check.type(name, "messages", messages, "table")) do
-    local at = ("messages[%d]"):format(i)
-    check.type(name, at, message, "table")
-    if not ROLES[message.role] then check.fail(name, at .. ".role", "system, user, assistant or tool", message.role) end
-    check.type(name, at .. ".content", message.content, "string")
-  end
-end
-
 local function parts_of(name, tokenizer, messages, options)
-  check_messages(name, messages)
+  check.instance(name, "tokenizer", tokenizer, Tokenizer, "qm.Tokenizer")
   local format = options.format or M.format_of(tokenizer)
   if not format then check.fail(name, "format", "a format: this tokenizer has none of the known marks", nil) end
   local build = type(format) == "function" and format or M.formats[format]
@@ -124,9 +130,7 @@ local function parts_of(name, tokenizer, messages, options)
     table.sort(known)
     check.fail(name, "format", table.concat(known, ", ") .. ", or a function", format)
   end
-  local ok, parts = pcall(build, messages, options.prompt)
-  if not ok then check.fail(name, "messages", "a conversation: " .. tostring(parts), messages) end
-  return parts
+  return build(messages, options.prompt)
 end
 
 local OPTIONS = { format = check.optional, prompt = false }
