@@ -2,4 +2,5 @@
 ---for fresh ones.
 
 return { llama = require("quartermoon.models.llama"), gpt2 = require("quartermoon.models.gpt2"),
-  load = require("quartermoon.models.folder").load }
+  load = require("quartermoon.models.folder").load, quantize = require("quartermoon.models.quantize").quantize,
+  perplexity = require("quartermoon.models.quantize").perplexity }
