@@ -136,6 +136,20 @@ File.describe = File.__tostring
 -- Writing
 ---------------------------------------------------------------------------------------------------
 
+---What a tensor that is yet to be made will be.
+local function description_of(name, key, plan)
+  if type(plan) ~= "table" or type(plan.make) ~= "function" then check.desc(name, "tensors." .. key, plan) end
+  check.one_of(name, "tensors." .. key .. ".dtype", plan.dtype, require("quartermoon.dtypes").names)
+  check.type(name, "tensors." .. key .. ".shape", plan.shape, "table")
+  check.integer(name, "tensors." .. key .. ".shape, dimensions", #plan.shape, 0, tonumber(ffi.C.QM_DIMS_MAX))
+  local desc = ffi.new("qm_tensor")
+  desc.ndim, desc.dtype = #plan.shape, tensors.dtype_id[plan.dtype]
+  for i, extent in ipairs(plan.shape) do
+    desc.shape[i - 1] = check.integer(name, "tensors." .. key .. ".shape", extent, 0, 2 ^ 53)
+  end
+  return desc
+end
+
 ---The tensors as a list of { name, tensor }. Those of a table by name go widest type first, then by
 ---name, so that every tensor lies at a multiple of its element size (the usual writers' order).
 local function ordered(name, parts)
@@ -152,8 +166,11 @@ local function ordered(name, parts)
   for _, part in ipairs(list) do
     local key, tensor = part[1], part[2]
     if type(key) ~= "string" or key:find("%z") then check.fail(name, "tensors", "names without NUL bytes", key) end
-    check.desc(name, "tensors." .. key, tensor)
-    tensor:alive(name .. ": tensor '" .. key .. "'")
+    if check.is_tensor(tensor) then
+      tensor:alive(name .. ": tensor '" .. key .. "'")
+    else
+      part.plan = description_of(name, key, tensor)
+    end
   end
   if #parts == 0 then
     local size = tensors.dtype_size
@@ -184,8 +201,15 @@ local function write(name, writer, list, metadata, keys)
   for _, key in ipairs(keys) do
     binding.check(lib.qm_safetensors_add_metadata(writer, key, metadata[key]), name)
   end
-  for _, part in ipairs(list) do binding.check(lib.qm_safetensors_add(writer, part[1], part[2].desc), name) end
-  for _, part in ipairs(list) do binding.check(lib.qm_safetensors_write(writer, part[2].desc), name) end
+  for _, part in ipairs(list) do
+    binding.check(lib.qm_safetensors_add(writer, part[1], part.plan or part[2].desc), name)
+  end
+  for _, part in ipairs(list) do
+    local tensor = part.plan and part[2].make() or part[2]
+    local status = lib.qm_safetensors_write(writer, check.desc(name, part[1], tensor))
+    if part.plan then tensor:free() end
+    binding.check(status, name)
+  end
   binding.check(lib.qm_safetensors_commit(writer), name)
 end
 
@@ -194,7 +218,8 @@ local out_writer = ffi.new("qm_safetensors_writer *[1]")
 ---Write tensors to a file, atomically: until everything is on the disk the old file stays as it is.
 ---The parts go to "<path>.partial" first.
 ---@param path string
----@param parts table  { name = tensor, ... }, or { { name, tensor }, ... } to keep an order
+---@param parts table  { name = tensor, ... }, or { { name, tensor }, ... } to keep an order. In the place of
+---   a tensor may stand { dtype =, shape =, make = function }: it is made when its turn comes and released
 ---@param metadata table<string, string>|nil
 ---@raise when anything cannot be written (a full disk, say); nothing is left behind then
 function M.save(path, parts, metadata)

@@ -287,6 +287,14 @@ local function read_generation(name, folder, keys)
   return generation
 end
 
+---A model's configuration, from the values of a config.json.
+---@param where string  the file, for errors
+function M.parse(where, values)
+  local keys = reader(where, values)
+  local _, family = family_of(keys)
+  return KINDS[family.kind](keys, family)
+end
+
 ---Read a folder's configuration.
 ---@param name string  whose errors these are
 ---@param folder string
@@ -298,10 +306,11 @@ function M.read(name, folder)
   local path = folder .. "/config.json"
   local keys = open(name, path)
   local family_name, family = family_of(keys)
+  local model = KINDS[family.kind](keys, family)
   local dtype_key = keys:get("dtype") ~= nil and "dtype" or "torch_dtype"
   local dtype = keys:get(dtype_key)
   if dtype ~= nil and type(dtype) ~= "string" then keys:fail(dtype_key, "a name", dtype) end
-  local config = { family = family_name, kind = family.kind, model = KINDS[family.kind](keys, family),
+  local config = { family = family_name, kind = family.kind, model = model,
     values = keys.values, path = path, dtype = dtype and DTYPES[dtype:gsub("^torch%.", "")],
     generation = read_generation(name, folder, keys) }
   local quantization = keys:get("quantization_config")
