@@ -12,6 +12,7 @@ usage: quartermoon [options] [script.lua [arguments...]]
                                    run one line, with `qm` at hand; may be repeated
   quartermoon -i ...               then open the prompt
   quartermoon doctor               what this machine has, what it lacks and what to do
+  quartermoon inspect PATH         what a model folder or file holds, and what is wrong with it
   quartermoon --version
   quartermoon --help
 
@@ -121,6 +122,9 @@ local function act(arguments)
   if wish.first then
     local path = arguments[wish.first]
     if path == "doctor" then return require("quartermoon.doctor").main() end
+    if path == "inspect" then
+      return require("quartermoon.inspection").main({ unpack(arguments, wish.first + 1) })
+    end
     status = run_script(path, arguments, wish.first)
   end
   if wish.interactive or not (wish.first or wish.lines[1]) then require("quartermoon.repl").run() end
