@@ -184,7 +184,7 @@ typedef struct qm_mpq_rows {
   int32_t w_bit;
 } qm_mpq_rows;
 /* A quantized parameter as a kernel sees it. There is always a section; kernels that know one width
-** alone find it in w_bit (0: there are several); engine/mpq.c keeps the rest from them. */
+** alone find it in w_bit (0: there are several). */
 typedef struct qm_mpq_view {
   qm_array data, scales, zeros, g_idx, q_perm, residual, group_map;
   int64_t k, n, groups;

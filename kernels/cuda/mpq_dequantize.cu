@@ -85,7 +85,7 @@ static __global__ void mpq_dequantize(const __grid_constant__ qm_mpq_dequantize_
       qm_mpq_place place;
       if (!qm_mpq_locate(q, late, QM_CUDA_OP_mpq_dequantize, p, &place)) continue;
       const float scale = qm_mpq_scale(&q, place.group, n), zero = qm_mpq_zero(&q, place.group, n);
-      float code = (float)qm_mpq_field(q.data.data, q.w_bit, q.n, p, n);
+      float code = (float)qm_mpq_code(&q, p, n);
       if (add_residual) {
         const uint32_t field = qm_mpq_field(q.residual.data, span.bits, q.n, p, n);
         code += (float)((int32_t)field - span.half) / span.unit; /* exact: at most 16 bits */
@@ -117,8 +117,8 @@ int32_t qm_cuda_mpq_dequantize(void *context, const qm_mpq_dequantize_args *args
   const qm_mpq_span span = qm_mpq_span_of(&q);
   const bool codes_only =
       args->form == QM_DECODE_CODES || (args->form == QM_DECODE_RESIDUAL && span.bits == 0);
-  if (codes_only && qm_mpq_grid_aligned(q, COLUMNS) && qm_aligned(q.data.data, 16) &&
-      qm_aligned(args->w.data, 16)) {
+  if (codes_only && qm_mpq_is_whole(q) && qm_mpq_grid_aligned(q, COLUMNS) &&
+      qm_aligned(q.data.data, 16) && qm_aligned(args->w.data, 16)) {
     qm_with_float(args->w.dtype, [&](auto element) {
       using T = decltype(element);
       if (q.w_bit == 4)

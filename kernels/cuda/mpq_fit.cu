@@ -14,7 +14,7 @@ template <typename Body>
 static __device__ void each_weight(const qm_mpq_fit_args &args, qm_cuda_late *late, int64_t g,
                                    int64_t n, Body body) {
   const qm_mpq_view &q = args.q;
-  const bool scattered = q.g_idx.data != NULL;
+  const bool scattered = q.g_idx.data != NULL || q.group_map.data != NULL;
   const int64_t first = scattered ? 0 : g * q.group_size;
   const int64_t end = scattered || first + q.group_size > q.k ? q.k : first + q.group_size;
   for (int64_t p = first; p < end; p++) {
@@ -23,6 +23,14 @@ static __device__ void each_weight(const qm_mpq_fit_args &args, qm_cuda_late *la
     const float w = qm_load(args.w.data, args.w.dtype, place.feature * q.n + n);
     if (fabsf(w) <= FLT_MAX) body(w);
   }
+}
+
+/* A group's width is its rows'; a group without rows has the first. */
+static __device__ int32_t width_of(const qm_mpq_view &q, int64_t g) {
+  const int32_t *map = (const int32_t *)q.group_map.data;
+  for (int64_t p = 0; map != NULL && p < q.k; p++)
+    if (map[p] == g) return qm_mpq_section_of(&q, p)->w_bit;
+  return q.sections[0].w_bit;
 }
 
 static __device__ qm_mpq_grid fit(const qm_mpq_fit_args &args, qm_cuda_late *late, int64_t g,
@@ -38,9 +46,9 @@ static __device__ qm_mpq_grid fit(const qm_mpq_fit_args &args, qm_cuda_late *lat
     lo = lo < 0.0f ? lo : 0.0f;
     hi = hi > 0.0f ? hi : 0.0f;
   }
-  const qm_mpq_grid_kind kind = qm_mpq_grid_kind_of(&q, q.w_bit);
+  const qm_mpq_grid_kind kind = qm_mpq_grid_kind_of(&q, width_of(q, g));
   const int32_t tries = args.method == QM_FIT_MSE ? QM_MPQ_FIT_TRIES : 1;
-  const float top = (float)qm_mpq_mask(q.w_bit);
+  const float top = (float)qm_mpq_mask(kind.w_bit);
   qm_mpq_grid best = {0.0f, 0.0f};
   double least = HUGE_VAL;
   for (int32_t i = 0; i < tries; i++) {
@@ -67,7 +75,7 @@ static __global__ void mpq_fit(const __grid_constant__ qm_mpq_fit_args args, qm_
     const qm_mpq_grid grid = fit(args, late, g, n);
     qm_store(q.scales.data, q.scales.dtype, i, grid.scale);
     if (q.asym) /* N is a multiple of 32 then: whole warps */
-      qm_mpq_store_zero_fields(q, g, n, (uint32_t)grid.zero - 1u & qm_mpq_mask(q.w_bit));
+      qm_mpq_store_zero_fields(q, g, n, (int64_t)grid.zero);
     else
       qm_store(q.zeros.data, q.zeros.dtype, i, grid.zero);
   }

@@ -95,6 +95,7 @@ static int32_t multiply_fused(qm_cuda *cuda, const qm_mpq_linear_args *args) {
   p.n = q->n;
   p.group_size = q->group_size;
   p.asym = q->asym;
+  p.zero_offset = q->zero_offset;
   p.bf16_scales = q->scales.dtype == QM_BF16;
   int32_t status = QM_OK;
   for (int64_t row = 0; row < args->rows && status == QM_OK; row += ROWS_MAX) {
@@ -111,9 +112,10 @@ static bool is_fused(const qm_mpq_linear_args *args) {
   const qm_mpq_view *q = &args->q;
   const bool whole_groups = q->group_size % (args->transposed ? 8 : 32) == 0;
   return args->x.dtype != QM_F32 && q->scales.dtype != QM_F32 && q->w_bit == 4 && q->n % 8 == 0 &&
-         whole_groups && q->g_idx.data == NULL && q->q_perm.data == NULL && q->k > 0 && q->n > 0 &&
-         qm_aligned(args->x.data, 16) && qm_aligned(q->data.data, 16) &&
-         qm_aligned(q->scales.data, 8) && qm_aligned(q->zeros.data, q->asym ? 4 : 8);
+         whole_groups && q->g_idx.data == NULL && q->q_perm.data == NULL &&
+         q->group_map.data == NULL && q->k > 0 && q->n > 0 && qm_aligned(args->x.data, 16) &&
+         qm_aligned(q->data.data, 16) && qm_aligned(q->scales.data, 8) &&
+         qm_aligned(q->zeros.data, q->asym ? 4 : 8);
 }
 
 static int32_t multiply_dequantized(qm_cuda *cuda, const qm_mpq_linear_args *args) {

@@ -28,7 +28,7 @@ struct task {
   void *out;
   float *partial; /* [splits, rows, outputs] where splits > 1 */
   int64_t rows, k, n;
-  int32_t group_size, asym, bf16_scales;
+  int32_t group_size, asym, zero_offset, bf16_scales;
   int32_t spans; /* stages of a warp: each takes so many steps of `span` elements along the sum */
 };
 
@@ -129,7 +129,7 @@ __device__ __forceinline__ void widen_grid(const task &p, uint2 scales, uint2 ze
   widen(zero, zeros, p.bf16_scales);
 #pragma unroll
   for (int i = 0; i < 4; i++)
-    if (p.asym) zero[i] = (float)((zeros.x >> (4 * i) & 15u) + 1u);
+    if (p.asym) zero[i] = (float)((zeros.x >> (4 * i) & 15u) + (uint32_t)p.zero_offset);
 }
 
 /* A grid for the two weights of a register: W = (code - zero) hi + ((code - zero) lo + rest), with

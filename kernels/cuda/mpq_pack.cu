@@ -21,13 +21,15 @@ static __device__ uint32_t place_weight(const qm_mpq_pack_args &args, const qm_m
   return (uint32_t)((int32_t)rounded + span.half);
 }
 
-static __global__ void mpq_pack(const __grid_constant__ qm_mpq_pack_args args, qm_mpq_span span,
-                                qm_cuda_late *late, int64_t strips) {
+static __global__ void mpq_pack(const __grid_constant__ qm_mpq_pack_args args, qm_cuda_late *late,
+                                int64_t strips) {
   const qm_mpq_view &q = args.q;
   const int64_t stride = (int64_t)gridDim.x * THREADS;
   for (int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x; i < strips; i += stride) {
     const int64_t n = i % q.n, first = i / q.n * QM_MPQ_ROWS;
-    qm_mpq_word codes = {q.data.data, q.w_bit, 0}, residual = {q.residual.data, span.bits, 0};
+    qm_mpq_word codes = qm_mpq_codes_of(q, first, n);
+    const qm_mpq_span span = qm_mpq_span_for(&q, codes.bits);
+    qm_mpq_word residual = qm_mpq_residuals_of(q, span.bits, first, n);
     for (int64_t p = first; p < first + QM_MPQ_ROWS; p++) {
       qm_mpq_place place;
       uint32_t stand = 0;
@@ -36,8 +38,8 @@ static __global__ void mpq_pack(const __grid_constant__ qm_mpq_pack_args args, q
         stand = place_weight(args, span, w, qm_mpq_scale(&q, place.group, n),
                              qm_mpq_zero(&q, place.group, n), p * q.n + n);
       }
-      codes.put(p, n, q.n, stand >> span.bits);
-      if (span.bits > 0) residual.put(p, n, q.n, stand);
+      codes.put(stand >> span.bits);
+      if (span.bits > 0) residual.put(stand);
     }
   }
 }
@@ -46,6 +48,6 @@ int32_t qm_cuda_mpq_pack(void *context, const qm_mpq_pack_args *args) {
   QM_CUDA_ENTER(context);
   const int64_t strips = qm_mpq_strips(args->q);
   mpq_pack<<<qm_blocks(cuda, strips, THREADS), THREADS, 0, cuda->compute>>>(
-      *args, qm_mpq_span_of(&args->q), cuda->late_device, strips);
+      *args, cuda->late_device, strips);
   return qm_cuda_launched(cuda, "mpq_pack");
 }

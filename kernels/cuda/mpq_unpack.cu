@@ -5,15 +5,11 @@ enum { THREADS = 256 };
 
 static __global__ void mpq_unpack(const __grid_constant__ qm_mpq_view q, uint8_t *codes,
                                   int64_t strips) {
-  const int32_t per_word = 32 / q.w_bit;
   const int64_t stride = (int64_t)gridDim.x * THREADS;
   for (int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x; i < strips; i += stride) {
     const int64_t n = i % q.n, first = i / q.n * QM_MPQ_ROWS;
-    for (int64_t p = first; p < first + QM_MPQ_ROWS; p += per_word) {
-      uint32_t word = ((const uint32_t *)q.data.data)[p / per_word * q.n + n];
-      for (int32_t row = 0; row < per_word; row++, word >>= q.w_bit)
-        codes[(p + row) * q.n + n] = (uint8_t)(word & qm_mpq_mask(q.w_bit));
-    }
+    for (int64_t p = first; p < first + QM_MPQ_ROWS; p++)
+      codes[p * q.n + n] = (uint8_t)qm_mpq_code(&q, p, n);
   }
 }
 

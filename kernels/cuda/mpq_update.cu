@@ -12,7 +12,7 @@ enum { THREADS = 128 };
 /* A weight's place, code << bits | residual field. */
 static __device__ uint32_t read_place(const qm_mpq_view &q, const qm_mpq_span &span, int64_t p,
                                       int64_t n) {
-  const uint32_t code = qm_mpq_field(q.data.data, q.w_bit, q.n, p, n);
+  const uint32_t code = qm_mpq_code(&q, p, n);
   if (span.bits == 0) return code;
   return code << span.bits | qm_mpq_field(q.residual.data, span.bits, q.n, p, n);
 }
@@ -67,7 +67,7 @@ static __device__ uint32_t update_element(const qm_mpq_update_args &args,
 template <bool MOMENTS>
 static __global__ __launch_bounds__(THREADS) void mpq_update(
     const __grid_constant__ qm_mpq_update_args args, const __grid_constant__ qm_adam_source source,
-    const __grid_constant__ qm_mpq_span span, qm_cuda_late *late, int64_t strips) {
+    qm_cuda_late *late, int64_t strips) {
   const qm_adam_numbers step = qm_adam_in_force(&source);
   if (step.skip) return;
   const qm_mpq_view &q = args.q;
@@ -75,14 +75,16 @@ static __global__ __launch_bounds__(THREADS) void mpq_update(
   qm_mpq_counts counts = {0, 0, 0.0f};
   for (int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x; i < strips; i += stride) {
     const int64_t n = i % q.n, first = i / q.n * QM_MPQ_ROWS;
-    qm_mpq_word codes = {q.data.data, q.w_bit, 0}, residual = {q.residual.data, span.bits, 0};
+    qm_mpq_word codes = qm_mpq_codes_of(q, first, n);
+    const qm_mpq_span span = qm_mpq_span_for(&q, codes.bits);
+    qm_mpq_word residual = qm_mpq_residuals_of(q, span.bits, first, n);
     for (int64_t p = first; p < first + QM_MPQ_ROWS; p++) {
       qm_mpq_place place;
       uint32_t after = 0;
       if (qm_mpq_locate(q, late, QM_CUDA_OP_mpq_update, p, &place))
         after = update_element<MOMENTS>(args, step, span, place, p, n, &counts);
-      codes.put(p, n, q.n, after >> span.bits);
-      if (span.bits > 0) residual.put(p, n, q.n, after);
+      codes.put(after >> span.bits);
+      if (span.bits > 0) residual.put(after);
     }
   }
   qm_mpq_add_health((int64_t *)args.health.data, counts, q.k * q.n);
@@ -97,7 +99,7 @@ int32_t qm_cuda_mpq_update(void *context, const qm_mpq_update_args *args) {
     const int64_t strips = qm_mpq_strips(args->q);
     auto *kernel = has_moments ? mpq_update<true> : mpq_update<false>;
     kernel<<<qm_blocks(cuda, strips, THREADS), THREADS, 0, cuda->compute>>>(
-        *args, source, qm_mpq_span_of(&args->q), cuda->late_device, strips);
+        *args, source, cuda->late_device, strips);
   }
   return qm_cuda_launched(cuda, "mpq_update");
 }

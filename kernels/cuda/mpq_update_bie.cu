@@ -44,19 +44,19 @@ static __global__ void bie_codes(const __grid_constant__ bie_call call, int64_t 
   const int64_t stride = (int64_t)gridDim.x * THREADS;
   for (int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x; i < strips; i += stride) {
     const int64_t n = i % q.n, first = i / q.n * QM_MPQ_ROWS;
-    qm_mpq_word codes = {q.data.data, q.w_bit, 0};
+    qm_mpq_word codes = qm_mpq_codes_of(q, first, n);
     for (int64_t p = first; p < first + QM_MPQ_ROWS; p++) {
       qm_mpq_place place;
       uint32_t code = 0;
       if (qm_mpq_locate(q, call.late, QM_CUDA_OP_mpq_update_bie, p, &place)) {
         const float scale = qm_mpq_scale(&q, place.group, n);
-        const float old = (float)qm_mpq_field(q.data.data, q.w_bit, q.n, p, n);
+        const float old = (float)qm_mpq_code(&q, p, n);
         const float u = qm_bie_standing(&step, place.feature * q.n + n);
         float w = qm_bie_decode(&step, old, scale, qm_mpq_zero(&before, place.group, n));
         w = qm_round_to(step.dtype, w + -step.numbers.rate * u);
-        code = qm_bie_encode(&step, q.w_bit, w, scale, qm_mpq_zero(&q, place.group, n));
+        code = qm_bie_encode(&step, codes.bits, w, scale, qm_mpq_zero(&q, place.group, n));
       }
-      codes.put(p, n, q.n, code);
+      codes.put(code);
     }
   }
 }
@@ -66,7 +66,7 @@ static __global__ void bie_zeros(const __grid_constant__ bie_call call) {
   qm_bie_step step;
   if (!begin(call, &step) || step.numbers.noise.step % 5 != 0) return;
   const qm_mpq_view &q = call.args.q;
-  const bool scattered = q.g_idx.data != NULL;
+  const bool scattered = q.g_idx.data != NULL || q.group_map.data != NULL;
   const int64_t all = q.groups * q.n, stride = (int64_t)gridDim.x * THREADS;
   for (int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x; i < all; i += stride) {
     const int64_t g = i / q.n, n = i % q.n;
@@ -85,7 +85,7 @@ static __global__ void bie_zeros(const __grid_constant__ bie_call call) {
     }
     const float moved = qm_bie_moved_zero(&step, zero, sum, count);
     if (q.asym) /* N is a multiple of 32 then: whole warps */
-      qm_mpq_store_zero_fields(q, g, n, (uint32_t)((int64_t)moved - 1) & qm_mpq_mask(q.w_bit));
+      qm_mpq_store_zero_fields(q, g, n, (int64_t)moved);
     else
       qm_store(q.zeros.data, q.zeros.dtype, i, moved);
   }

@@ -241,8 +241,9 @@ static bool choose_moments(const fused_call &call) {
 bool qm_cuda_mpq_update_fused(qm_cuda *cuda, const qm_mpq_update_args *args,
                               const qm_adam_source &source) {
   const qm_mpq_view &q = args->q;
-  const bool fits = q.w_bit == 4 && q.g_idx.data == NULL && q.q_perm.data == NULL &&
-                    q.group_size % 8 == 0 && qm_mpq_grid_aligned(q, COLUMNS);
+  const bool fits = q.w_bit == 4 && qm_mpq_is_whole(q) && q.g_idx.data == NULL &&
+                    q.q_perm.data == NULL && q.group_size % 8 == 0 &&
+                    qm_mpq_grid_aligned(q, COLUMNS);
   const qm_array *arrays[] = {&q.data, &q.residual, &args->grad, &args->exp_avg, &args->exp_avg_sq};
   for (const qm_array *array : arrays)
     if (!fits || !qm_aligned(array->data, 4 * qm_element_size(array->dtype))) return false;

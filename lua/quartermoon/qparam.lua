@@ -137,6 +137,8 @@ end
 ---Read the list of groups: sections, each row's group, K.
 local function read_groups(name, self)
   local groups, k
+  -- Without columns no memory bounds the rows, for which a map is made.
+  if (self.data.shape[2] or 0) == 0 then check.fail(name, "data", "i32 [words, N], N at least 1", self.data) end
   self.q_groups, groups, self.sections, k = mixed.parse(name, self.q_groups, self.data.shape[1] or 0)
   self.group_map = mixed.group_map(groups, k, self.data.device):keep()
   self.w_bit, self.group_size = 8, 1
