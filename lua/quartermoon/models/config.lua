@@ -13,7 +13,7 @@ local raise = require("quartermoon.ffi").raise
 
 local M = {}
 
-local INTEGER_MAX = 2 ^ 31 - 1
+local INTEGER_MAX, LAYERS_MAX = 2 ^ 31 - 1, 2 ^ 16
 
 ---@class qm.models.Reader  values of one JSON object by key; a wrong one raises with file and key
 ---@field values table
@@ -170,7 +170,7 @@ local function llama_like(keys, family)
   local default, config = family.defaults, {}
   for _, key in ipairs({ "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "max_position_embeddings" }) do
-    config[key] = keys:integer(key, default[key])
+    config[key] = keys:integer(key, default[key], 1, key == "num_hidden_layers" and LAYERS_MAX or nil)
   end
   local heads = config.num_attention_heads
   if keys.values.num_key_value_heads == nil then
@@ -205,7 +205,7 @@ end
 local function gpt2_like(keys, family)
   local default, config = family.defaults, {}
   for _, key in ipairs({ "vocab_size", "n_embd", "n_layer", "n_head", "n_positions" }) do
-    config[key] = keys:integer(key, default[key])
+    config[key] = keys:integer(key, default[key], 1, key == "n_layer" and LAYERS_MAX or nil)
   end
   config.n_inner = keys:optional_integer("n_inner")
   if config.n_embd % config.n_head ~= 0 then

@@ -136,7 +136,7 @@ local function check_sizes(name, config, source, options)
 end
 
 local OPTIONS = { device = check.optional, dtype = "auto", linear = check.optional, weights = check.optional,
-  checkpoint = false, positions = check.optional }
+  checkpoint = false, positions = check.optional, on_note = check.optional }
 
 local function build(load, config, options)
   local class = require("quartermoon.models." .. config.kind)
@@ -166,7 +166,8 @@ end
 ---   linear = as the folder has its linear layers (quantized ones stay so); or { kind = "dense" }, or
 ---   { kind = "mpq", w_bit = 4, group_size = 64, ... } to quantize while reading,
 ---   weights = "f32" or "bf16" (of dense matrices; default f32), checkpoint = false,
----   positions = as many as config.json says (fewer spare memory) }
+---   positions = as many as config.json says (fewer spare memory), on_note = function(text): is told what
+---   was decided where config and data left a choice; default: standard error is }
 ---@return qm.models.Decoder model  with family, generation_config (eos_token_id a list ...) and
 ---   published, config.json's values; notes: what was decided while reading
 ---@raise naming file, tensor or key, and the reason
@@ -175,6 +176,8 @@ function M.load(folder, options)
   check.type(name, "folder", folder, "string")
   options = check.options(name, options, OPTIONS)
   if options.weights then check.one_of(name, "weights", options.weights, { "f32", "bf16" }) end
+  local say = options.on_note or function(note) io.stderr:write(folder, ": ", note, "\n") end
+  check.type(name, "on_note", say, "function")
   folder = folder:match("^(.-)/*$")
   local config = configs.read(name, folder)
   local load = { name = name, device = devices.resolve(name, options.device), linear = options.linear,
@@ -190,7 +193,7 @@ function M.load(folder, options)
   model.notes = {}
   for note in pairs(load.notes) do
     model.notes[#model.notes + 1] = note
-    io.stderr:write(folder, ": ", note, "\n")
+    say(note)
   end
   return model
 end
