@@ -134,8 +134,7 @@ int32_t QM_CPU(attention)(void *context, const qm_attention_args *args) {
       (longest(&args->cu_q) * (args->heads / args->kv_heads) + BLOCK_ROWS - 1) / BLOCK_ROWS;
   const int64_t padded = pad(args->head_size);
   const size_t floats = workspace_floats(padded);
-  const int32_t threads =
-      args->q.count + args->k.count > QM_PARALLEL_MIN ? omp_get_max_threads() : 1;
+  const int32_t threads = elements_read(args) > QM_PARALLEL_MIN ? omp_get_max_threads() : 1;
   float *memory = aligned_alloc(64, floats * (size_t)threads * sizeof(float));
   if (memory == NULL)
     return qm_reference_host->fail(QM_E_MEMORY, "attention: the host is out of memory");

@@ -111,6 +111,15 @@ static inline sequence sequence_of(int64_t unit, int64_t heads, int64_t kv_heads
                     .window = options->window};
 }
 
+/* Elements of q, and of k where anybody asks for them: a cache holds many keys that no query sees. */
+static inline int64_t elements_read(const qm_attention_args *args) {
+  const int32_t *cu_q = args->cu_q.data, *cu_k = args->cu_k.data;
+  int64_t keys = 0;
+  for (int64_t s = 0; s < args->sequences; s++)
+    if (cu_q[s + 1] > cu_q[s]) keys += cu_k[s + 1] - cu_k[s];
+  return args->q.count + keys * args->kv_heads * args->head_size;
+}
+
 /* The bf16 passes in AMX tiles, and whether they are the ones to take: the device has AMX and some
 ** sequence fills a tile. It depends on shapes alone, so one shape always gives one result. */
 int32_t QM_CPU(attention_amx)(const qm_attention_args *args);

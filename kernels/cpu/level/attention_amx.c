@@ -170,8 +170,7 @@ int32_t QM_CPU(attention_amx)(const qm_attention_args *args) {
   const int64_t group = args->heads / args->kv_heads;
   const int64_t blocks = (longest(&args->cu_q) * group + BLOCK_ROWS - 1) / BLOCK_ROWS;
   const size_t bytes = workspace_bytes(deep);
-  const int32_t threads =
-      args->q.count + args->k.count > QM_PARALLEL_MIN ? omp_get_max_threads() : 1;
+  const int32_t threads = elements_read(args) > QM_PARALLEL_MIN ? omp_get_max_threads() : 1;
   char *memory = aligned_alloc(64, bytes * (size_t)threads);
   if (memory == NULL)
     return qm_reference_host->fail(QM_E_MEMORY, "attention: the host is out of memory");
