@@ -168,10 +168,13 @@ describe("QParam.new", function()
   it("takes a q_perm of zeros as the identity, and a g_idx of zeros as none", function()
     local q = qm.QParam.new(parts { q_perm = qm.zeros({ 64 }, { dtype = "i16" }),
       g_idx = qm.zeros({ 64 }, { dtype = "i32" }) })
-    assert.equal("i32", q.q_perm.dtype)
-    for p = 1, 64 do assert.equal(p - 1, q.q_perm:at(p)) end
+    assert.is_nil(q.q_perm)
     assert.is_nil(q.g_idx)
     assert.equal(2, q.layer_type)
+    assert.is_nil(qm.QParam.new(parts { q_perm = counting(64, 0) }).q_perm)
+    local odd = qm.zeros({ 63 }, { dtype = "i16" })
+    assert.error_matches(function() qm.QParam.new(parts { q_perm = odd }) end,
+      "argument 'q_perm': expected i32 [K=64], got i32 [63]", 1, true)
     assert.equal(1, qm.QParam.new(parts()).layer_type)
   end)
 

@@ -276,6 +276,9 @@ describe("Parameters of any width train:", function()
     local other = qm.nn.QLinear.from(qm.QParam.quantize(qm.randn({ 128, 8 }), { channel_scale = qm.rand({ 128 }),
       sections = { { w_bit = 5, rows = 32 }, { w_bit = 3, rows = 64, group_size = 64 }, { w_bit = 2, rows = 32 } } }))
     assert.error_matches(function() qm.checkpoints.load(path, { model = other }) end, "weight.group_size", 1, true)
+    local plain = qm.nn.QLinear.from(qm.QParam.quantize(qm.randn({ 128, 8 }), { sections = SMALL }))
+    assert.error_matches(function() qm.checkpoints.load(path, { model = plain }) end,
+      "'weight.channel_scale' is there, and the parameter has none", 1, true)
     os.execute("rm -r '" .. path .. "'")
   end)
 end)

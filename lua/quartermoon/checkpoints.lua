@@ -137,6 +137,9 @@ function M.save(folder, options)
   return path
 end
 
+-- What a quantized parameter need not have, and what changes the meaning of its codes.
+local OPTIONAL_PARTS = { "g_idx", "q_perm", "channel_scale" }
+
 ---Refuse a quantized parameter that is not the file's. @return integer|nil  bits of the residual that it
 ---lacks and the file has
 local function match_quantized(name, entry, saved, file)
@@ -146,6 +149,11 @@ local function match_quantized(name, entry, saved, file)
   for _, key in ipairs(SCALARS) do
     if key ~= "residual_bits" and field(q, key) ~= field(saved, key) then
       check.fail(name, entry.name .. "." .. key, field(q, key), field(saved, key))
+    end
+  end
+  for _, key in ipairs(OPTIONAL_PARTS) do
+    if not q[key] and file:has(entry.name .. "." .. key) then
+      raise(("%s: %s: '%s.%s' is there, and the parameter has none"):format(name, file.path, entry.name, key))
     end
   end
   local bits = saved.residual_bits

@@ -100,15 +100,22 @@ local function all_zero(tensor)
   return true
 end
 
----Old files say "none" by zeros: a q_perm of zeros is the identity, a g_idx of zeros (with more than
----one group) is none. With mixed widths such a q_perm means what it says, and is none.
+local function is_identity(tensor)
+  local values, count = tensor:host()
+  for i = 0, count - 1 do if values[i] ~= i then return false end end
+  return true
+end
+
+---Old files say "none" by zeros: a q_perm of zeros is the identity, which is not kept, a g_idx of zeros
+---(with more than one group) is none. With mixed widths such a q_perm means what it says: it is no
+---permutation.
 local function normalise_indices(self)
   if self.q_perm then
     self.q_perm = as_i32(self.q_perm)
-    if self.shape[1] > 1 and not self.sections and all_zero(self.q_perm) then
-      local identity = tensors.arange(0, self.q_perm:count() - 1, { dtype = "i32", device = self.q_perm.device })
+    local fits = self.q_perm:count() == self.shape[1] and self.shape[1] > 1
+    if fits and (is_identity(self.q_perm) or not self.sections and all_zero(self.q_perm)) then
       self.q_perm:free()
-      self.q_perm = identity
+      self.q_perm = nil
     end
   end
   if self.g_idx then
@@ -156,7 +163,7 @@ PARTS.data = check.required
 
 ---A parameter from its parts, which it owns from now on.
 ---
----Missing fields: `g_idx` means k div group_size, `q_perm` (also all zeros) means the identity,
+---Missing fields: `g_idx` means k div group_size, `q_perm` (also all zeros) the identity,
 ---`group_size` -1 means one group. 16-bit q_perm entries are read unsigned. With the raw tensors of
 ---double quantization instead of scales and zeros, call `prepare` next. A channel_scale may have more
 ---dimensions; of ones it is dropped. With `q_groups` (a list, or a tensor, which stays the caller's) the
@@ -186,9 +193,9 @@ function QParam.new(parts)
   if self.group_size == -1 then self.group_size = math.max(k, 1) end
   self.id = check.integer(name, "id", self.id or fresh_id(), 0, 2 ^ 32 - 1)
   for _, field in ipairs(TENSORS) do check.optional_desc(name, field, self[field]) end
+  local layer_type = self.layer_type or ((self.q_perm or self.sections) and 2 or 1)
   normalise_indices(self)
   normalise_channel_scale(name, self)
-  local layer_type = self.layer_type or ((self.q_perm or self.sections) and 2 or 1)
   self.layer_type = check.one_of(name, "layer_type", layer_type, { 1, 2 })
   if self.scales or not self.qscales_zeros then binding.check(lib.qm_mpq_validate(self:descriptor(name)), name) end
   for _, entry in ipairs(self:tensors()) do entry.tensor:keep() end
