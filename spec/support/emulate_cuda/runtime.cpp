@@ -1,7 +1,10 @@
-/* runtime.cpp - as much of a CUDA runtime as our backend's host side needs, on a machine without a GPU.
+/* runtime.cpp - as much of a CUDA runtime as our backend's host side needs, on a machine without a
+** GPU.
 **
-** It does what the real one may do at worst: queued work runs as late as possible, namely when somebody
-** waits for it. Memory is what malloc gives, poisoned when it comes and when it goes. An asynchronous
+** It does what the real one may do at worst: queued work runs as late as possible, namely when
+** somebody
+** waits for it. Memory is what malloc gives, poisoned when it comes and when it goes. An
+** asynchronous
 ** copy must be between device memory and pinned memory, both still there when it runs. What the
 ** real one forbids (waiting for a stream that is captured, say) ends the capture or the process.
 */
@@ -42,7 +45,7 @@ static cudaError_t last_error = cudaSuccess, lost = cudaSuccess;
 static long work_done;
 
 static void die(const char *what) {
-  fprintf(stderr, "fake CUDA: %s\n", what);
+  fprintf(stderr, "emulated CUDA: %s\n", what);
   abort();
 }
 
@@ -53,13 +56,11 @@ static bool within(const Memory &memory, const void *data, size_t size_bytes) {
   return (char *)data + size_bytes <= begin + size;
 }
 
-bool fake_is_device(const void *data, size_t size_bytes) {
-  return within(device_memory, data, size_bytes);
-}
+void runtime_lose() { lost = cudaErrorIllegalAddress; }
 
-void fake_lose() { lost = cudaErrorIllegalAddress; }
+void runtime_fail(cudaError_t error) { last_error = error; }
 
-void fake_queue(cudaStream_t stream, Work work) {
+void runtime_queue(cudaStream_t stream, Work work) {
   if (stream->capture)
     stream->capture->work.push_back(std::move(work));
   else
@@ -137,7 +138,9 @@ const char *cudaGetErrorString(cudaError_t error) {
 
 cudaError_t cudaMalloc(void **out, size_t size_bytes) {
   if (device_bytes + size_bytes > limit_bytes) return answer(cudaErrorMemoryAllocation);
-  *out = aligned_alloc(256, (size_bytes + 511) / 256 * 256);
+  /* No byte more than asked for: the sanitizer sees what kernels touch behind it. */
+  if (posix_memalign(out, 256, size_bytes + (size_bytes == 0)) != 0)
+    return answer(cudaErrorMemoryAllocation);
   memset(*out, 0xFF, size_bytes);
   device_memory[(char *)*out] = size_bytes;
   device_bytes += size_bytes;
@@ -167,7 +170,7 @@ cudaError_t cudaMemcpyAsync(void *out, const void *x, size_t size_bytes, cudaMem
                             cudaStream_t stream) {
   const Memory &from = kind == cudaMemcpyHostToDevice ? pinned_memory : device_memory;
   const Memory &to = kind == cudaMemcpyDeviceToHost ? pinned_memory : device_memory;
-  fake_queue(stream, [=, &from, &to] {
+  runtime_queue(stream, [=, &from, &to] {
     if (!within(from, x, size_bytes)) die("a copy reads from where it must not");
     if (!within(to, out, size_bytes)) die("a copy writes to where it must not");
     memcpy(out, x, size_bytes);
@@ -200,7 +203,7 @@ cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
   return answer();
 }
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
-  fake_queue(stream, [token = event->token] { wait(token); });
+  runtime_queue(stream, [token = event->token] { wait(token); });
   return answer();
 }
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t *out, unsigned) {
@@ -216,7 +219,7 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
   if (stream->capture) die("an event is recorded into a capture");
   const auto token = std::make_shared<Token>(Token{stream, false, 0});
   event->token = token;
-  fake_queue(stream, [token] {
+  runtime_queue(stream, [token] {
     token->done = true;
     token->when = work_done;
   });
