@@ -57,9 +57,10 @@ local turn = 0
 
 ---Generate, print, and say how fast it was. @return string text  of the first
 local function continue(ids)
-  local prompts, texts, made, first = {}, {}, 0, nil
-  for i = 1, o.count do prompts[i], texts[i] = ids, {} end
-  local options = { tokenizer = tokenizer, max_tokens = o.max_tokens, stop = stop, seed = o.seed + turn, batch = o.count,
+  local prompts, made, first = {}, 0, nil
+  for i = 1, o.count do prompts[i] = ids end
+  local options = { tokenizer = tokenizer, max_tokens = o.max_tokens, stop = stop, seed = o.seed + turn,
+    batch = o.count,
     on_token = function()
       made, first = made + 1, first or qm.clock.now()
     end,

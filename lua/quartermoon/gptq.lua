@@ -13,6 +13,7 @@ local autograd = require("quartermoon.autograd")
 local binding = require("quartermoon.ffi")
 local check = require("quartermoon.check")
 local mixed = require("quartermoon.qparam_sections")
+local module = require("quartermoon.nn.module")
 local qm = require("quartermoon")
 local lib = binding.lib
 
@@ -211,6 +212,7 @@ end
 ---@return { weight: number, output: number|nil }
 function M.error_of(w, q, hessian)
   check.desc("qm.gptq.error_of", "w", w)
+  if not module.is_quantized(q) then check.fail("qm.gptq.error_of", "q", "a QParam", q) end
   return autograd.no_grad(qm.scope, function()
     local dense = w:to("f32")
     local gap = q:dequantize("f32") - dense

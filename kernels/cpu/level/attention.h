@@ -111,7 +111,7 @@ static inline sequence sequence_of(int64_t unit, int64_t heads, int64_t kv_heads
                     .window = options->window};
 }
 
-/* Elements of q, and of k where anybody asks for them: a cache holds many keys that no query sees. */
+/* Elements of q, and of k where a query asks for them: a cache holds many keys that none sees. */
 static inline int64_t elements_read(const qm_attention_args *args) {
   const int32_t *cu_q = args->cu_q.data, *cu_k = args->cu_k.data;
   int64_t keys = 0;

@@ -14,6 +14,7 @@ local report_of = require("quartermoon.inspection.report")
 local values = require("quartermoon.inspection.values")
 local words = require("quartermoon.inspection.words")
 
+local made = setmetatable({}, { __mode = "k" }) -- the reports, so that nothing else is taken for one
 local M = {}
 
 local function start_of(path)
@@ -80,6 +81,7 @@ function M.open(path, options)
     read_file(report, path)
   end
   if options.values then check_values(report) end
+  made[report] = true
   return report
 end
 
@@ -87,7 +89,12 @@ end
 ---@param report qm.InspectionReport
 ---@param all boolean|nil  a row for every tensor, not one for those alike
 ---@return string
-function M.text(report, all) return words.text(report, all) end
+function M.text(report, all)
+  if type(report) ~= "table" or not made[report] then
+    check.fail("qm.inspection.text", "report", "a report of qm.inspection.read", report)
+  end
+  return words.text(report, all)
+end
 
 ---`quartermoon inspect ...`
 ---@param arguments string[]

@@ -170,6 +170,7 @@ GPT2.base_prefix = "transformer."
 function GPT2.stores_transposed(path) return path == "lm_head" end
 
 function GPT2:hidden_states(tokens, context, cache)
+  check.type("model:hidden_states", "context", context, "table")
   local transformer = self.transformer
   -- The first normalisation adds the positions, as later ones add what a block made.
   local x, residual = transformer.wte(tokens), transformer.wpe(context.positions)

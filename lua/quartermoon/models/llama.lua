@@ -119,6 +119,7 @@ Llama.base_prefix = "model."
 function Llama.stores_transposed() return true end
 
 function Llama:hidden_states(tokens, context, cache)
+  check.type("model:hidden_states", "context", context, "table")
   context.cos, context.sin = self.cos, self.sin
   local x, residual = decoder.run_blocks(self, self.model.layers, self.model.embed_tokens(tokens), nil, context, cache)
   return (self.model.norm(x, residual))

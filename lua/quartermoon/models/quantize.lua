@@ -189,6 +189,9 @@ end
 ---@param batches function  an iterator: tokens, targets, cu_seqlens, as data:held_out gives them
 ---@return number perplexity, number nats
 function M.perplexity(model, batches)
+  if not module.is_module(model) or not model.loss then
+    check.fail("qm.models.perplexity", "model", "a language model", model)
+  end
   check.type("qm.models.perplexity", "batches", batches, "function")
   local sum, count = 0, 0
   autograd.no_grad(function()

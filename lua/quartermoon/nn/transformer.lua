@@ -31,6 +31,8 @@ KeyValues.__index = KeyValues
 ---@param rows_max integer
 function M.key_values(rows_max, heads, head_size, dtype, device)
   check.integer("qm.nn.key_values", "rows_max", rows_max, 0)
+  check.integer("qm.nn.key_values", "heads", heads, 1)
+  check.integer("qm.nn.key_values", "head_size", head_size, 1)
   local shape, options = { rows_max, heads, head_size }, { dtype = dtype, device = device }
   -- Zeros, for kernels read whole tiles: memory that holds NaN, times a weight of 0, is NaN.
   local self = setmetatable({ length = 0, k = qm.zeros(shape, options):keep(), v = qm.zeros(shape, options):keep() },

@@ -69,7 +69,8 @@ function M.load(path)
   if not text then binding.raise(name .. ": " .. reason) end
   local function build()
     if path:find("%.model$") then return hf.new(sentencepiece.convert(text)) end
-    local saved = cjson.decode(text)
+    local is_json, saved = pcall(cjson.decode, text)
+    if not is_json then error("not JSON: " .. saved:gsub("^.-:%d+: ", ""), 0) end
     if type(saved) == "table" and type(saved.model) == "table" then return hf.new(text, saved) end
     if type(saved) ~= "table" or saved.format ~= "quartermoon-tokenizer" or saved.version ~= 1 then
       error("not a tokenizer file of version 1, and no tokenizer.json", 0)
@@ -80,7 +81,7 @@ function M.load(path)
   end
   local ok, result = pcall(build)
   if ok then return result end
-  if result:find(path, 1, true) then error(result, 0) end
+  if result:find(name .. ": " .. path, 1, true) then error(result, 0) end
   binding.raise(name .. ": " .. path .. ": " .. result)
 end
 
