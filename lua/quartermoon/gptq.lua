@@ -213,6 +213,7 @@ end
 function M.error_of(w, q, hessian)
   check.desc("qm.gptq.error_of", "w", w)
   if not module.is_quantized(q) then check.fail("qm.gptq.error_of", "q", "a QParam", q) end
+  if hessian ~= nil then check.instance("qm.gptq.error_of", "hessian", hessian, Hessian, "qm.Hessian") end
   return autograd.no_grad(qm.scope, function()
     local dense = w:to("f32")
     local gap = q:dequantize("f32") - dense
