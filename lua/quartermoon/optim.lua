@@ -118,6 +118,11 @@ local function is_finite(x) return x == x and math.abs(x) < math.huge end
 ---Must a step be skipped? Only where the host has to know is it told; elsewhere the update kernels see
 ---for themselves. Adds the names of the parameters whose gradients hold NaN or infinity to `bad`.
 function Optim:is_bad(gradients, slots, bad)
+  check.instance("optim:is_bad", "gradients", gradients, Measure, "measure of gradients")
+  check.type("optim:is_bad", "bad", bad, "table")
+  for i, slot in ipairs(check.type("optim:is_bad", "slots", slots, "table")) do
+    check.instance("optim:is_bad", ("slots[%d]"):format(i), slot, Slot, "slot of an optimizer")
+  end
   local waits = self.non_finite == "stop"
   for _, slot in ipairs(slots) do waits = waits or slot.waits end
   if not waits or is_finite(gradients:norm_so_far()) then return false end
@@ -160,6 +165,7 @@ end
 
 ---Count the step.
 function Optim:end_step(report)
+  check.instance("optim:end_step", "report", report, Report, "report of optim:begin_report")
   self.steps, self.last = report.step, report
   return report
 end
