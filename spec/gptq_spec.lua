@@ -10,6 +10,9 @@ local function inputs(rows, mix, seed)
   return qm.matmul(latent, mix) + generator:randn({ rows, mix.shape[2] }) * 0.3
 end
 
+-- CUDA has no kernels for codes of 3, 5 and 6 bits, nor for zero points from 0.
+local on_host = testing.device == "cpu" or testing.device == "reference"
+
 describe("qm.gptq", function()
   local k, n = 128, 64
   local mix = qm.generator(1):randn({ 24, k })
@@ -30,7 +33,7 @@ describe("qm.gptq", function()
   end)
 
   -- On these inputs the published method's advantage is a factor of about ten; half of that must be left.
-  for _, bits in ipairs({ 2, 3, 4, 8 }) do
+  for _, bits in ipairs(on_host and { 2, 3, 4, 8 } or { 2, 4, 8 }) do
     for _, grid in ipairs({ "asym", "sym", "float" }) do
       it(("changes unseen outputs less than rounding does: %d bits, %s"):format(bits, grid), function()
         local plain = qm.gptq.quantize(w, nil, { w_bit = bits, grid = grid, group_size = 32 })
@@ -57,8 +60,8 @@ describe("qm.gptq", function()
   end)
 
   it("puts a symmetric grid's zero points in the middle, of every width and convention", function()
-    for _, bits in ipairs({ 2, 3, 4, 5, 6, 8 }) do
-      for _, offset in ipairs({ 0, 1 }) do
+    for _, bits in ipairs(on_host and { 2, 3, 4, 5, 6, 8 } or { 2, 4, 8 }) do
+      for _, offset in ipairs(on_host and { 0, 1 } or { 1 }) do
         local q = qm.gptq.quantize(w, nil, { w_bit = bits, grid = "sym", group_size = -1, zero_offset = offset })
         q.data:fill(0)
         local lowest = q:dequantize("f32"):narrow(1, 1):reshape(n)
@@ -117,10 +120,14 @@ describe("qm.gptq", function()
 end)
 
 describe("qm_gptq_rows", function()
-  local function call(device, w, u, scales, zeros, groups, levels)
+  local function begin(device, w, u, scales, zeros, groups, levels)
     local rounded, errors = w:to(device), qm.empty(w.shape, { device = device })
     binding.check(lib.qm_gptq_rows(rounded.desc, u:to(device).desc, scales:to(device).desc, zeros:to(device).desc,
       groups:to(device).desc, errors.desc, levels), "gptq_rows")
+    return rounded, errors
+  end
+  local function call(...)
+    local rounded, errors = begin(...)
     return rounded:to("reference"), errors:to("reference")
   end
 
@@ -149,13 +156,12 @@ describe("qm_gptq_rows", function()
         assert.equal(errors:bytes(), other_errors:bytes())
       end
     end)
-
-    it("refuses groups that are not there on " .. device, function()
-      local options = { device = "reference" }
-      assert.error_matches(function()
-        call(device, qm.ones({ 1, 1 }, options), qm.ones({ 1, 1 }, options), qm.ones({ 1, 1 }, options),
-          qm.ones({ 1, 1 }, options), qm.tensor({ 1 }, { dtype = "i32", device = "reference" }), 15)
-      end, "argument 'groups': expected groups in [0, G=1), got 1 for row 0", 1, true)
-    end)
   end
+
+  it("refuses groups that are not there", function()
+    local one = qm.ones({ 1, 1 }, { device = "reference" })
+    local groups = qm.tensor({ 1 }, { dtype = "i32", device = "reference" })
+    testing.assert_refused_late(function() begin(testing.device, one, one, one, one, groups, 15) end,
+      "argument 'groups': expected groups in [0, G=1), got 1 for row 0", "gptq_rows: index 1 is outside 0 .. 0")
+  end)
 end)

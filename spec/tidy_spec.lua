@@ -145,6 +145,16 @@ describe("the kernels", function()
     assert_none(missing)
   end)
 
+  it("each have a place in CUDA's table", function()
+    local table_text, missing = table.concat(lines_of("kernels/cuda/backend.cu"), "\n"), {}
+    for _, name in ipairs(kernels) do
+      if not table_text:find(("kernels->%s = qm_cuda_%s;"):format(name, name), 1, true) then
+        missing[#missing + 1] = "kernels/cuda/backend.cu does not name qm_cuda_" .. name
+      end
+    end
+    assert_none(missing)
+  end)
+
   it("each have a function of the ABI that checks for them", function()
     local missing = {}
     for _, name in ipairs(kernels) do

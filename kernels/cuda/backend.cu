@@ -126,11 +126,13 @@ extern "C" __attribute__((visibility("default"))) const qm_backend *qm_backend_e
   kernels->attention = qm_cuda_attention;
   kernels->attention_backward = qm_cuda_attention_backward;
   kernels->binary = qm_cuda_binary;
+  kernels->cholesky_inverse = qm_cuda_cholesky_inverse;
   kernels->copy = qm_cuda_copy;
   kernels->cross_entropy = qm_cuda_cross_entropy;
   kernels->fill = qm_cuda_fill;
   kernels->gather = qm_cuda_gather;
   kernels->gemm = qm_cuda_gemm;
+  kernels->gptq_rows = qm_cuda_gptq_rows;
   kernels->grad_scale = qm_cuda_grad_scale;
   kernels->layer_norm = qm_cuda_layer_norm;
   kernels->layer_norm_backward = qm_cuda_layer_norm_backward;

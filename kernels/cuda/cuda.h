@@ -36,7 +36,7 @@ typedef struct qm_cuda {
   struct qm_cuda_staging *staging;  /* pinned memory between the host and the device */
   struct qm_cuda_reading *readings; /* finished reads, whose pinned memory is kept */
   struct qm_cuda_blas *blas;        /* cuBLASLt's handle, plans and workspace */
-  void *solver;                     /* cuSOLVER's handle, made when first used */
+  void *solver, *triangles;         /* cuSOLVER's handle and cuBLAS's, made when first used */
   const char *last;                 /* the operation queued last */
   bool recording;                   /* the compute stream is being captured */
   bool wait_each;                   /* $QM_CUDA_SYNC=1: wait after every launch, for exact errors */

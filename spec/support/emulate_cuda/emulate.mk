@@ -1,7 +1,7 @@
 # emulate.mk - builds $(OUT)/libquartermoon_cuda.so: the CUDA backend for a machine without a GPU.
 HERE := spec/support/emulate_cuda
-# What calls NVIDIA's libraries is left out: see libraries.cpp.
-KERNELS := $(filter-out gemm gemm_plan gemm_tune linalg,$(patsubst kernels/cuda/%.cu,%,$(wildcard kernels/cuda/*.cu)))
+# What plans matrix products is left out: see libraries.cpp.
+KERNELS := $(filter-out gemm gemm_plan gemm_tune,$(patsubst kernels/cuda/%.cu,%,$(wildcard kernels/cuda/*.cu)))
 PARTS := emulate ptx hopper libraries runtime
 CXX := g++
 FLAGS := -std=c++20 -fPIC -fvisibility=hidden -ffp-contract=off -fno-strict-aliasing $(EXTRA) -I$(HERE)/include -Iengine -Ikernels -include cuda_runtime.h

@@ -106,6 +106,12 @@ static inline T atomicAdd(T *at, U x) {
   *at += (T)x;
   return was;
 }
+template <typename T>
+static inline T atomicMin(T *at, T x) {
+  const T was = *at;
+  if (x < was) *at = x;
+  return was;
+}
 static inline void __threadfence() {}
 static inline void __threadfence_system() {}
 static inline uint32_t __cvta_generic_to_shared(const void *at) {

@@ -5,7 +5,8 @@
 ** somebody
 ** waits for it. Memory is what malloc gives, poisoned when it comes and when it goes. An
 ** asynchronous
-** copy must be between device memory and pinned memory, both still there when it runs. What the
+** copy must be between device memory and pinned memory, both still there when it runs, or to the
+** host's ordinary memory, for which the caller waits. What the
 ** real one forbids (waiting for a stream that is captured, say) ends the capture or the process.
 */
 #include "runtime.h"
@@ -170,10 +171,21 @@ cudaError_t cudaMemcpyAsync(void *out, const void *x, size_t size_bytes, cudaMem
                             cudaStream_t stream) {
   const Memory &from = kind == cudaMemcpyHostToDevice ? pinned_memory : device_memory;
   const Memory &to = kind == cudaMemcpyDeviceToHost ? pinned_memory : device_memory;
+  /* To the host's ordinary memory the real one copies before the call returns. */
+  const bool ordinary = kind == cudaMemcpyDeviceToHost && !within(pinned_memory, out, 1) &&
+                        !within(device_memory, out, 1);
   runtime_queue(stream, [=, &from, &to] {
     if (!within(from, x, size_bytes)) die("a copy reads from where it must not");
-    if (!within(to, out, size_bytes)) die("a copy writes to where it must not");
+    if (!ordinary && !within(to, out, size_bytes)) die("a copy writes to where it must not");
     memcpy(out, x, size_bytes);
+  });
+  if (ordinary) drain(stream);
+  return answer();
+}
+cudaError_t cudaMemsetAsync(void *out, int value, size_t size_bytes, cudaStream_t stream) {
+  runtime_queue(stream, [=] {
+    if (!within(device_memory, out, size_bytes)) die("memory is set where it must not be");
+    memset(out, value, size_bytes);
   });
   return answer();
 }
