@@ -15,6 +15,8 @@ describe("bad files", function()
   local readers = {
     { "qm.safetensors.open", function(path) qm.safetensors.save(path, { x = qm.ones({ 5 }) }) end,
       function(path) qm.safetensors.open(path):close() end },
+    { "qm.gguf.open", function(path) qm.gguf.save(path, { { "x", qm.ones({ 8 }) } }, {}) end,
+      function(path) qm.gguf.open(path):close() end },
     { "qm.tokenizer.load", function(path) qm.tokenizer.train_bpe("aa aa", { vocab_size = 258 }):save(path) end,
       qm.tokenizer.load },
     { "qm.data.open", function(path) qm.files.write(path, "some text") end,
@@ -101,6 +103,7 @@ describe("bad files", function()
       function(path) qm.files.write(path, "x") end,
       function(path) qm.files.write_json(path, { 1 }) end,
       function(path) qm.safetensors.save(path, { x = qm.ones({ 1 }) }) end,
+      function(path) qm.gguf.save(path, { { "x", qm.ones({ 1 }) } }, {}) end,
       function(path) qm.tokenizer.byte():save(path) end,
       function(path) qm.metrics.open(path) end,
     }

@@ -45,7 +45,7 @@ end
 -- Modules that load when first named: qm.nn is require("quartermoon.nn").
 local MODULES = { clock = true, options = true, progress = true, metrics = true, nn = true, models = true, optim = true,
   schedule = true, projector = true, data = true, tokenizer = true, chat = true, checkpoints = true, safetensors = true,
-  plot = true, files = true, gptq = true, ceilings = true, repl = true, cli = true, inspection = true }
+  plot = true, files = true, gptq = true, ceilings = true, repl = true, cli = true, inspection = true, gguf = true }
 
 return setmetatable(qm, { __modules = MODULES, __index = function(_, key)
   if MODULES[key] then

@@ -9,6 +9,7 @@ local check = require("quartermoon.check")
 local files = require("quartermoon.files")
 local container = require("quartermoon.inspection.container")
 local folder = require("quartermoon.inspection.folder")
+local gguf = require("quartermoon.inspection.gguf")
 local matrices = require("quartermoon.inspection.matrices")
 local report_of = require("quartermoon.inspection.report")
 local values = require("quartermoon.inspection.values")
@@ -26,18 +27,15 @@ local function start_of(path)
   return text or ""
 end
 
-local function read_gguf(report, path, name)
-  report.kind = "gguf"
-  local has, gguf = pcall(require, "quartermoon.gguf")
-  if not has then return report:problem(name, "GGUF files cannot be read by this version") end
-  require("quartermoon.inspection.gguf").read(report, gguf, path, name)
-end
-
 local function read_file(report, path)
   local _, name = files.split(path)
   local start, reason = start_of(path)
   if not start then return report:problem(name, reason) end
-  if start == "GGUF" then return read_gguf(report, path, name) end
+  if start == "GGUF" or name:find("%.gguf$") then
+    report.kind = "gguf"
+    gguf.read(report, path, name)
+    return matrices.find(report, function() return nil end)
+  end
   if name:find("%.json$") or name:find("%.model$") then
     report.kind = "tokenizer"
     return folder.tokenizer(report, path, name)

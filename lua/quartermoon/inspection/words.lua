@@ -22,7 +22,9 @@ local function safe(text) return (text:gsub("[%z\1-\31\127]", function(c) return
 
 ---The columns of one weight: type or format, shape, bits, group.
 local function columns(w)
-  if w.dense then return { w.dense.dtype, extents(w.dense.shape), "", "" } end
+  if w.dense then
+    return { w.dense.dtype, extents(w.dense.shape), w.dense.bits and ("%.2f"):format(w.dense.bits) or "", "" }
+  end
   local widths = {}
   for bits in pairs(w.widths or {}) do widths[#widths + 1] = bits end
   table.sort(widths, function(a, b) return a > b end)
@@ -76,7 +78,7 @@ function M.totals(report)
   for _, w in ipairs(report.weights) do
     local weights = w.dense and w.dense.count or (w.k or 0) * (w.n or 0)
     total.weights, total.size_bytes = total.weights + weights, total.size_bytes + w.size_bytes
-    if w.parts then
+    if w.parts or w.dense.bits then
       total.quantized, total.quantized_bytes = total.quantized + weights, total.quantized_bytes + w.size_bytes
     end
   end
