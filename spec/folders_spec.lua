@@ -76,9 +76,12 @@ describe("A model's folder", function()
       local again = load(folder)
       assert.same(model:bits_per_weight(), (again:bits_per_weight()))
       testing.assert_equal(logits(model), logits(again), "logits")
-      testing.assert_equal(logits(model), logits(load(folder, { linear = DENSE })), "logits of the decoded")
+      -- The same weights; but a few rows are multiplied from the codes, in another order of sums: 96 products of f32
+      -- in each of 2 layers.
+      local order = 2 * 96 * 2 ^ -24
+      testing.assert_close(logits(model), logits(load(folder, { linear = DENSE })), order, "logits of the decoded")
       local dense = model:save(folder .. "d", { format = "dense" })
-      testing.assert_equal(logits(model), logits(load(dense)), "logits of the dense folder")
+      testing.assert_close(logits(model), logits(load(dense)), order, "logits of the dense folder")
       assert.same({ 4, 32, false, "gptq" }, (function()
         local q = qm.files.read_json(folder .. "/quantize_config.json")
         return { q.bits, q.group_size, q.desc_act, q.checkpoint_format }
