@@ -70,6 +70,16 @@ describe("qm.gguf.open", function()
     assert.error_matches(function() file:tensor("a") end, "is closed")
   end)
 
+  it("names a tensor of a file that was cut off meanwhile", function()
+    local path = write { infos = { info("w", { 64 }, 0, 0), info("q", { 32 }, 8, 256) }, data = ("\0"):rep(290) }
+    local file = qm.gguf.open(path)
+    process.write(path, qm.files.read(path):sub(1, -200)) -- in place
+    for _, name in ipairs({ "w", "q" }) do
+      assert.error_matches(function() file:tensor(name) end, "tensor '" .. name .. "': the file is truncated", 1, true)
+    end
+    file:close()
+  end)
+
   it("knows the size of every block type, and says which it does not decode", function()
     local kinds = { { 6, "Q5_0", 22, 32 }, { 7, "Q5_1", 24, 32 }, { 10, "Q2_K", 84, 256 }, { 11, "Q3_K", 110, 256 },
       { 12, "Q4_K", 144, 256 }, { 13, "Q5_K", 176, 256 }, { 14, "Q6_K", 210, 256 } }

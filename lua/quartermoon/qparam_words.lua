@@ -40,18 +40,25 @@ function M.build(shape, dtype, device, write)
   return out
 end
 
----How often each value stands in the rows of packed fields [rows, N / 32 * bits].
+---The values of packed fields [rows, N / 32 * bits], each raised by `shift`: an i32 host buffer, and how many.
+function M.fields(packed, bits, shift)
+  local words, row_words = packed:host(), packed.shape[2]
+  local columns = row_words * 32 / bits
+  local count = packed.shape[1] * columns
+  local values = host_buffer.new("i32", count)
+  for row = 0, packed.shape[1] - 1 do
+    for i = 0, columns - 1 do values[row * columns + i] = field(words, row * row_words, bits, i) + shift end
+  end
+  return values, count
+end
+
+---How often each value stands in such fields.
 ---@return integer[] counts  by value, from 0
 function M.count_fields(packed, bits)
-  local words, counts = packed:host(), {}
-  local row_words = packed.shape[2]
+  local values, count = M.fields(packed, bits, 0)
+  local counts = {}
   for value = 0, 2 ^ bits - 1 do counts[value] = 0 end
-  for row = 0, packed.shape[1] - 1 do
-    for i = 0, row_words * 32 / bits - 1 do
-      local value = field(words, row * row_words, bits, i)
-      counts[value] = counts[value] + 1
-    end
-  end
+  for i = 0, count - 1 do counts[values[i]] = counts[values[i]] + 1 end
   return counts
 end
 

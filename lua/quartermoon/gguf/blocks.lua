@@ -22,14 +22,20 @@ for bits = 0, 0x7fff do
 end
 M.half = half
 
+local single = ffi.new("union { float value; uint32_t bits; }")
+
 ---The bits of the f16 that a number is; nil where it is none, and of what is not finite.
 function M.half_bits(x)
-  if x == 0 then return 1 / x < 0 and 0x8000 or 0 end
-  local fraction, exponent = math.frexp(math.abs(x)) -- fraction from 1/2 on
-  local least = exponent < -13 -- a subnormal
-  local steps = least and math.abs(x) * 2 ^ 24 or fraction * 2048
-  if x - x ~= 0 or exponent > 16 or steps % 1 ~= 0 then return nil end
-  return (least and steps or steps - 1024 + (exponent + 14) * 1024) + (x < 0 and 0x8000 or 0)
+  single.value = x
+  if single.value ~= x then return nil end
+  local bits = single.bits
+  local sign, exponent = band(rshift(bits, 16), 0x8000), band(rshift(bits, 23), 255) - 112
+  if exponent > 0 then
+    if exponent > 30 or band(bits, 0x1fff) ~= 0 then return nil end
+    return bor(sign, lshift(exponent, 10), band(rshift(bits, 13), 0x3ff))
+  end
+  local steps = math.abs(x) * 2 ^ 24 -- of subnormals
+  return steps % 1 == 0 and bor(sign, steps) or nil
 end
 
 local DECODE = {

@@ -1,4 +1,5 @@
----Reading GGUF files: metadata, and tensors by name.
+---Reading GGUF files: metadata, and tensors by name. Nothing is mapped, so that a file which somebody truncates
+---gives an error and no signal.
 
 local ffi = require("ffi")
 local binding = require("quartermoon.ffi")
@@ -41,16 +42,17 @@ function M.open(path)
     if not size_bytes or size_bytes >= 2 ^ 53 or not file:seek("set") then error("not a regular file", 0) end
     return headers.read(file, size_bytes, function(words) error(words, 0) end)
   end)
-  file:close()
-  if not ok then binding.raise(("%s: %s: %s"):format(name, path, header)) end
-  local self = setmetatable({ path = path, header = header }, File)
+  if not ok then
+    file:close()
+    binding.raise(("%s: %s: %s"):format(name, path, header))
+  end
+  local self = setmetatable({ path = path, header = header, file = file }, File)
   for _, field in ipairs({ "version", "alignment", "metadata", "types", "keys" }) do self[field] = header[field] end
-  self.map = tensors.map_file(path):keep()
   return self
 end
 
 local function entry(self, name, key)
-  if not self.map then binding.raise(("%s: %s is closed"):format(name, self.path)) end
+  if not self.file then binding.raise(("%s: %s is closed"):format(name, self.path)) end
   check.type(name, "name", key, "string")
   local found = self.header.by_name[key]
   if found then return found end
@@ -80,20 +82,46 @@ function File:info(key)
   return found.type, shape, found.size_bytes
 end
 
----Blocks to f32, piece by piece.
-local function decoded(self, found, device)
-  local kind = types.by_name[found.type]
-  local out = host_buffer.new("f32", found.count)
-  local step = math.floor(PIECE_BYTES / kind.bytes) * kind.bytes
-  local buffer = host_buffer.new("u8", math.min(step, found.size_bytes))
+---Call visit(bytes, first) with pieces of a tensor, whole blocks each; `first` counts bytes from 0.
+local function each_piece(self, found, visit)
+  local block = types.by_name[found.type].bytes
+  local step = PIECE_BYTES - PIECE_BYTES % block
+  self.file:seek("set", found.at)
   for first = 0, found.size_bytes - 1, step do
     local size = math.min(step, found.size_bytes - first)
-    self.map:read_elements(found.at + first + 1, size, buffer)
-    blocks.decode(kind, buffer, size / kind.bytes, out, first / kind.bytes * kind.block)
+    local piece, reason = self.file:read(size)
+    if not piece or #piece < size then
+      binding.raise(("file:tensor: %s: tensor '%s': %s"):format(self.path, found.name,
+        reason or "the file is truncated"))
+    end
+    visit(piece, first)
   end
+end
+
+---Blocks as f32.
+local function decoded(self, found, device)
+  local kind, out = types.by_name[found.type], host_buffer.new("f32", found.count)
+  each_piece(self, found, function(piece, first)
+    blocks.decode(kind, ffi.cast("const uint8_t *", piece), #piece / kind.bytes, out, first / kind.bytes * kind.block)
+  end)
   local flat = tensors.from_host(out, found.count, "f32", { device = device })
   local x = flat:view_as("file:tensor", found.shape)
   flat:free()
+  return x
+end
+
+---Values that our tensors have too.
+local function copied(self, found, dtype, device)
+  local x = tensors.empty(found.shape, { dtype = dtype, device = device })
+  local bytes = x:reinterpret("u8", { found.size_bytes })
+  each_piece(self, found, function(piece, first)
+    local from = tensors.from_string(piece, { device = x.device })
+    local to = bytes:view_rows("file:tensor", first + 1, #piece)
+    to:copy(from)
+    from:free()
+    to:free()
+  end)
+  bytes:free()
   return x
 end
 
@@ -110,22 +138,17 @@ function File:tensor(key, device)
     binding.raise(("file:tensor: %s: tensor '%s': values of type %s are not read here"):format(self.path, key,
       found.type))
   end
-  local bytes = self.map:view_rows("file:tensor", found.at + 1, found.size_bytes)
-  local view = bytes:reinterpret(dtype, found.shape)
-  local x = tensors.empty(found.shape, { dtype = dtype, device = device }):copy(view)
-  bytes:free()
-  view:free()
-  return x
+  return copied(self, found, dtype, device)
 end
 
 ---Close the file. Closing twice is harmless; tensors that were read stay.
 function File:close()
-  if self.map then self.map:free() end
-  self.map = nil
+  if self.file then self.file:close() end
+  self.file = nil
 end
 
 function File:__tostring()
-  return ("qm.gguf '%s', %d tensors%s"):format(self.path, #self.header.tensors, self.map and "" or ", closed")
+  return ("qm.gguf '%s', %d tensors%s"):format(self.path, #self.header.tensors, self.file and "" or ", closed")
 end
 File.describe = File.__tostring
 

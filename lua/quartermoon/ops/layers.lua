@@ -3,6 +3,7 @@
 local binding = require("quartermoon.ffi")
 local check = require("quartermoon.check")
 local host_buffer = require("quartermoon.host_buffer")
+local rope_scaling = require("quartermoon.rope_scaling")
 local tensors = require("quartermoon.tensor")
 local record = require("quartermoon.autograd").record
 local lib = binding.lib
@@ -31,17 +32,6 @@ function M.rope(x, cos, sin, positions)
     binding.check(lib.qm_rope(dout.desc, cos.desc, sin.desc, positions.desc, dx.desc, 1), name)
     return dx
   end)
-end
-
----A pair's frequency stretched for contexts longer than the model was pretrained on: "linear" divides
----all by factor; "llama3" those whose wavelength is long against the original context, the short ones
----not at all, and goes over smoothly between.
-local function stretch(frequency, scaling)
-  if scaling.rope_type == "linear" then return frequency / scaling.factor end
-  local turns = scaling.original_max_position_embeddings * frequency / (2 * math.pi)
-  local low, high = scaling.low_freq_factor, scaling.high_freq_factor
-  local kept = math.min(math.max((turns - low) / (high - low), 0), 1)
-  return (1 - kept) * frequency / scaling.factor + kept * frequency
 end
 
 local function check_scaling(name, scaling)
@@ -85,7 +75,7 @@ function M.rope_tables(head_size, positions_max, theta, options)
   local cosines, sines = host_buffer.memory(name, "f32", count), host_buffer.memory(name, "f32", count)
   for i = 0, half - 1 do
     local frequency = theta ^ (-2 * i / head_size)
-    if scaling then frequency = stretch(frequency, scaling) end
+    if scaling then frequency = rope_scaling.stretch(frequency, scaling) end
     for p = 0, positions_max - 1 do
       cosines[p * half + i], sines[p * half + i] = math.cos(p * frequency), math.sin(p * frequency)
     end
