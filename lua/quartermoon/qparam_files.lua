@@ -62,11 +62,13 @@ function M.zero_points(qzeros, bits, o)
     or middle - 1, found == "v2" and "gptq_v2" or "gptq")
 end
 
----Is it k div group_size?
-local function is_in_order(g_idx, group_size)
+---A file's g_idx; nil where it is k div group_size, which it need not say.
+local function unless_in_order(g_idx, group_size, k)
+  if not g_idx or group_size == 0 then return g_idx end
+  if group_size == -1 then group_size = k end
   local values, count = g_idx:host()
-  for k = 0, count - 1 do if values[k] ~= math.floor(k / group_size) then return false end end
-  return true
+  for i = 0, count - 1 do if values[i] ~= math.floor(i / group_size) then return g_idx end end
+  g_idx:free()
 end
 
 local function read_gptq(name, fields, o)
@@ -87,12 +89,8 @@ local function read_gptq(name, fields, o)
     zeros = words.shift_fields(zeros, bits, 1)
     fields.qzeros:free()
   end
-  local g_idx = fields.g_idx
-  if g_idx and group_size ~= 0 and is_in_order(g_idx, group_size == -1 and k or group_size) then
-    g_idx:free()
-    g_idx = nil
-  end
-  return { data = fields.qweight, scales = fields.scales, zeros = zeros, g_idx = g_idx, w_bit = bits, asym = true,
+  return { data = fields.qweight, scales = fields.scales, zeros = zeros, g_idx = unless_in_order(fields.g_idx,
+    group_size, k), w_bit = bits, asym = true,
     group_size = group_size, zero_offset = convention == "v1" and 1 or 0, layer_type = 1 }, note
 end
 
@@ -240,6 +238,16 @@ format("exl2", { q_weight = { "i32", 2, part = "data" }, q_scale = { "i32", 2 },
 -- bitorch-engine's
 ---------------------------------------------------------------------------------------------------
 
+---The same where nothing else says which rows are a group's: sizes that bitorch-engine's kernels have, which
+---divide 128 or are multiples of it, and divide K. The last group may be short where the caller says how long
+---the others are.
+local function even_group_size(name, o, k, groups)
+  local size = group_size_of(name, o, k, groups)
+  if o.group_size ~= nil or groups <= 1 or k % groups == 0 and (128 % size == 0 or size % 128 == 0) then return size end
+  check.fail(name, "group_size", ("rows to a group, which %d groups of %d rows do not tell (quant_strategy.json does)")
+    :format(groups, k), nil)
+end
+
 local function read_mbwq(name, fields, o)
   local parts = { data = fields.qweight, scales = fields.scales, zeros = fields.zeros, q_perm = fields.q_perm,
     channel_scale = fields.channel_scale, layer_type = 2 }
@@ -248,7 +256,7 @@ local function read_mbwq(name, fields, o)
     fields.q_groups:free()
   else
     parts.w_bit = check.one_of(name, "bits", o.bits, mixed.WIDTHS)
-    parts.group_size = group_size_of(name, o, fields.qweight.shape[1] * 32 / o.bits, fields.scales.shape[1])
+    parts.group_size = even_group_size(name, o, fields.qweight.shape[1] * 32 / o.bits, fields.scales.shape[1])
   end
   return parts
 end
@@ -274,12 +282,13 @@ local RAW = { "qstatistic", "qscales", "qscales_zeros", "qscales_scales", "qzero
 
 local function read_mpq(name, fields, o)
   local parts = { data = fields.qweight, scales = fields.scales, zeros = fields.zeros or fields.qzeros,
-    g_idx = fields.g_idx, w_bit = check.one_of(name, "bits", o.bits, mixed.WIDTHS), layer_type = 1,
-    asym = fields.qzeros ~= nil }
+    w_bit = check.one_of(name, "bits", o.bits, mixed.WIDTHS), layer_type = 1, asym = fields.qzeros ~= nil }
   for _, field in ipairs(RAW) do parts[field] = fields[field] end
   local codes = fields.scales or fields.qstatistic or fields.qscales
   if not codes then check.fail(name, "scales", "scales, qstatistic or qscales", nil) end
-  parts.group_size = group_size_of(name, o, fields.qweight.shape[1] * 32 / o.bits, codes.shape[1])
+  local k = fields.qweight.shape[1] * 32 / o.bits
+  parts.group_size = (fields.g_idx and group_size_of or even_group_size)(name, o, k, codes.shape[1])
+  parts.g_idx = unless_in_order(fields.g_idx, parts.group_size, k)
   return parts
 end
 

@@ -9,6 +9,7 @@ local devices = require("quartermoon.device")
 local module = require("quartermoon.nn.module")
 local nn = require("quartermoon.nn")
 local qm = require("quartermoon")
+local quant_strategy = require("quartermoon.models.quant_strategy")
 local quantized = require("quartermoon.models.quantized")
 local raise = require("quartermoon.ffi").raise
 local weights = require("quartermoon.models.weights")
@@ -181,7 +182,8 @@ function M.load(folder, options)
   folder = folder:match("^(.-)/*$")
   local config = configs.read(name, folder)
   local load = { name = name, device = devices.resolve(name, options.device), linear = options.linear,
-    weights = options.weights, quantization = quantized.read(config.quantization), notes = {}, quantized_count = 0 }
+    weights = options.weights, notes = {}, quantized_count = 0,
+    quantization = quantized.read(config.quantization, quant_strategy.read(name, folder)) }
   load.source = weights.open(name, folder)
   local ok, model = pcall(qm.no_grad, build, load, config, options)
   load.source:close()

@@ -16,6 +16,9 @@ end
 local FRACTIONS = { rope_theta = true, factor = true, low_freq_factor = true, high_freq_factor = true,
   attention_dropout = true, attn_pdrop = true, embd_pdrop = true, resid_pdrop = true }
 
+-- Objects whose keys are widths, in the order of the list beside them (quant_strategy.json).
+local DESCENDING = { group_size = true }
+
 local function number(x, key)
   if x ~= x or x == math.huge or x == -math.huge then raise("JSON has no number " .. tostring(x)) end
   if x % 1 == 0 and math.abs(x) < 2 ^ 53 then return (FRACTIONS[key] and "%.1f" or "%.0f"):format(x) end
@@ -27,10 +30,10 @@ end
 
 local encode
 
-local function object(value, indent)
+local function object(value, indent, name)
   local keys, lines = {}, {}
   for key in pairs(value) do keys[#keys + 1] = tostring(key) end
-  table.sort(keys)
+  table.sort(keys, DESCENDING[name] and function(a, b) return a > b end or nil)
   for i, key in ipairs(keys) do
     local member = value[key]
     lines[i] = indent .. "  " .. quote(key) .. ": " .. encode(member, indent .. "  ", key)
@@ -46,7 +49,7 @@ function encode(value, indent, key)
   if kind == "boolean" then return tostring(value) end
   if kind ~= "table" then raise("JSON cannot hold a " .. kind) end
   if next(value) == nil then return "{}" end
-  if #value == 0 then return object(value, indent) end
+  if #value == 0 then return object(value, indent, key) end
   local items = {}
   for i, item in ipairs(value) do items[i] = indent .. "  " .. encode(item, indent .. "  ") end
   return "[\n" .. table.concat(items, ",\n") .. "\n" .. indent .. "]"

@@ -51,12 +51,13 @@ READERS.bie = function() return {} end
 
 ---How the weights of a folder are quantized.
 ---@param keys qm.models.Reader|nil  of quantization_config
----@return { kind: string|nil, options: table }  kind nil: each weight's tensors say it
-function M.read(keys)
-  if not keys then return { options = {} } end
+---@param strategy qm.models.QuantStrategy|nil
+---@return { kind: string|nil, options: table, strategy: table|nil }  kind nil: each weight's tensors say it
+function M.read(keys, strategy)
+  if not keys then return { options = {}, strategy = strategy } end
   local key = keys:get("quant_method") ~= nil and "quant_method" or keys:get("method") ~= nil and "method"
   local kind = key and keys:one_of(key, nil, { "gptq", "awq", "exl2", "bie" }) or "gptq"
-  return { kind = kind ~= "bie" and kind or nil, options = READERS[kind](keys) }
+  return { kind = kind ~= "bie" and kind or nil, options = READERS[kind](keys), strategy = strategy }
 end
 
 ---What a linear layer's tensors are: "gptq", "awq", "exl2", "mbwq", "mpq", or nil of a dense one.
@@ -83,9 +84,12 @@ function M.parameter(name, source, path, kind, how, shape, device)
   local options = { name = path .. ".weight" }
   for key, value in pairs(how.options) do options[key] = value end
   if kind == "exl2" then options.columns = shape[2] end
-  if kind == "mbwq" or kind == "mpq" then -- such folders' own descriptions of widths are in many forms
+  if kind == "mbwq" or kind == "mpq" then
     local _, words, file = source:info(path .. ".qweight")
     options.bits, place = words[1] * 32 / shape[1], file .. ": " .. path
+    if how.strategy and not source:has(path .. ".q_groups") then
+      options.group_size = how.strategy:group_size(name, path, options.bits)
+    end
   end
   local ok, q, note = pcall(function()
     for field in pairs(known) do

@@ -6,6 +6,7 @@ local json_text = require("quartermoon.models.json_text")
 local module = require("quartermoon.nn.module")
 local nn = require("quartermoon.nn")
 local published = require("quartermoon.models.published")
+local quant_strategy = require("quartermoon.models.quant_strategy")
 local raise = require("quartermoon.ffi").raise
 local safetensors = require("quartermoon.safetensors")
 local save_config = require("quartermoon.models.save_config")
@@ -150,7 +151,7 @@ local function plan(name, model, kind, o, entries, quantized)
   if kind == "gptq" then
     values.quantization_config = save_config.gptq(quantized, left_dense, export.checkpoint_format)
   end
-  if kind == "awq" then values.quantization_config = save_config.awq(quantized) end
+  if kind == "awq" then values.quantization_config = save_config.awq(name, quantized) end
   if kind == "exl2" then values.quantization_config = model.published and model.published.quantization_config end
   return list, values
 end
@@ -173,9 +174,11 @@ local function check_options(name, folder, options)
   return o
 end
 
-local function write_folder(folder, list, values, o, from)
+---@param strategy table[]|nil  parameters that quant_strategy.json describes
+local function write_folder(folder, list, values, o, from, strategy)
   write_weights(folder, list, o.shard_bytes)
   copy_companions(from, folder)
+  if strategy then quant_strategy.write(folder, strategy) end
   if values.quantization_config and values.quantization_config.quant_method == "gptq" then
     files.write(folder .. "/quantize_config.json", json_text.encode(values.quantization_config))
   end
@@ -215,7 +218,8 @@ function M.save(model, folder, options)
   local partial = folder .. ".partial"
   if files.list(partial) then files.remove_folder(partial) end
   files.make_folder(partial)
-  local ok, message = pcall(write_folder, partial, list, values, o, o.tokenizer or model.folder)
+  local strategy = (kind == "mbwq" or kind == "mpq") and quantized or nil
+  local ok, message = pcall(write_folder, partial, list, values, o, o.tokenizer or model.folder, strategy)
   if not ok then
     files.remove_folder(partial)
     error(message, 0)

@@ -100,17 +100,21 @@ local function is_symmetric(q)
   return counts[2 ^ (q.w_bit - 1) - q.zero_offset] == fields
 end
 
-local function size_of(q) return q.group_size == q.shape[1] and -1 or q.group_size end
+local function size_of(q) return q.group_size >= q.shape[1] and -1 or q.group_size end
 
----The most frequent grid, which the configuration names; the others are exceptions.
+---Does a grid mean the parameter's own? A group of all rows is one of any size from there on, too.
+local function is_of(q, grid)
+  local size = size_of(q)
+  return q.w_bit == grid.bits and (size == grid.group_size or size == -1 and grid.group_size >= q.shape[1])
+end
+
+---The grid that most parameters have, which the configuration names; the others are exceptions.
 local function common_grid(entries)
-  local counts, best = {}, nil
+  local best, most = nil, 0
   for _, entry in ipairs(entries) do
-    local key = ("%d/%d"):format(entry.param.w_bit, size_of(entry.param))
-    counts[key] = (counts[key] or 0) + 1
-    if not best or counts[key] > counts[best.key] then
-      best = { key = key, bits = entry.param.w_bit, group_size = size_of(entry.param) }
-    end
+    local grid, count = { bits = entry.param.w_bit, group_size = size_of(entry.param) }, 0
+    for _, other in ipairs(entries) do count = count + (is_of(other.param, grid) and 1 or 0) end
+    if count > most then best, most = grid, count end
   end
   return best
 end
@@ -124,7 +128,7 @@ function M.gptq(entries, left_dense, checkpoint_format)
   local lm_head = false
   for _, entry in ipairs(entries) do
     local q = entry.param
-    if q.w_bit ~= common.bits or size_of(q) ~= common.group_size then
+    if not is_of(q, common) then
       dynamic["+:" .. pattern(entry.path)] = { bits = q.w_bit, group_size = size_of(q) }
     end
     sym, desc_act = sym and is_symmetric(q), desc_act or q.g_idx ~= nil
@@ -137,9 +141,16 @@ function M.gptq(entries, left_dense, checkpoint_format)
     meta = { quantizer = { "quartermoon:" .. require("quartermoon").VERSION } } }
 end
 
----quantization_config of an AWQ folder.
-function M.awq(entries)
+---quantization_config of an AWQ folder, which has one group size for all.
+---@param name string  whose errors these are
+function M.awq(name, entries)
   local common = common_grid(entries)
+  for _, entry in ipairs(entries) do
+    if not is_of(entry.param, common) then
+      raise(("%s: tensor '%s': groups of %d beside groups of %d, and AWQ's configuration has one size for all"):format(
+        name, entry.path, entry.param.group_size, common.group_size))
+    end
+  end
   return { quant_method = "awq", bits = 4, group_size = common.group_size, zero_point = true, version = "gemm" }
 end
 
