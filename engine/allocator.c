@@ -71,9 +71,11 @@ static int32_t refuse(const qm__allocator *allocator, int64_t size_bytes) {
   const qm_memory *m = &allocator->memory;
   return qm__fail(
       QM_E_MEMORY,
-      "out of memory on %s: asked for %lld bytes with %lld live (peak %lld, limit %lld)",
+      "out of memory on %s: asked for %lld bytes with %lld live and %lld of workspace (peak %lld, "
+      "limit %lld)",
       allocator->backend->name, (long long)size_bytes, (long long)m->live_bytes,
-      (long long)m->peak_bytes, (long long)m->limit_bytes);
+      (long long)qm__workspace_bytes(allocator), (long long)m->peak_bytes,
+      (long long)m->limit_bytes);
 }
 
 /* Take a block off a list; NULL when there is none. */

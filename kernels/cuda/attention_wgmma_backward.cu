@@ -1,36 +1,51 @@
 /* attention_wgmma_backward.cu - the gradients of flash attention with Hopper's warpgroup products,
-** for
-** 16-bit elements and head sizes 64 and 128.
+** for 16-bit elements and head sizes 64 and 128.
 **
 ** As in attention_mma_backward.cu one kernel keeps keys and walks over queries, another keeps
-** queries
-** and walks over keys, so that no sum depends on timing; a warpgroup keeps 64 rows.
+** queries and walks over keys, so that no sum depends on timing. Blocks stay and take tiles, as in
+** attention_wgmma.cu; a warpgroup keeps 64 rows.
 */
-#include "attention_rows.h"
 #include "attention_wgmma_dkv.cuh"
+
+/* What qm_weight and the slopes need of every query, [H, RQ]: its lse, and delta = dout . out. */
+template <typename T, int D>
+static __global__ void __launch_bounds__(128)
+    summarize(const T *dout, const T *out, const float *lse, query_row *rows, int32_t rows_q,
+              int32_t heads) {
+  constexpr int LANES = D / 8, PER_BLOCK = 128 / LANES;
+  const int32_t head = (int32_t)(blockIdx.x % (uint32_t)heads), lane = threadIdx.x % LANES;
+  const int32_t row = (int32_t)(blockIdx.x / (uint32_t)heads * PER_BLOCK + threadIdx.x / LANES);
+  const int64_t of = (int64_t)row * heads + head;
+  float sum = 0.0f;
+  if (row < rows_q) {
+    const auto a = *(const qm_pack<T, 8> *)(dout + of * D + lane * 8);
+    const auto b = *(const qm_pack<T, 8> *)(out + of * D + lane * 8);
+#pragma unroll
+    for (int i = 0; i < 8; i++) sum = fmaf(qm_float(a.at[i]), qm_float(b.at[i]), sum);
+  }
+#pragma unroll
+  for (int offset = LANES / 2; offset > 0; offset /= 2)
+    sum += __shfl_xor_sync(0xFFFFFFFFu, sum, offset);
+  if (row < rows_q && lane == 0)
+    rows[(int64_t)head * rows_q + row] = make_float2(qm_minus_lse(lse[of]), sum);
+}
 
 template <typename T, int D>
 static __global__ void __launch_bounds__(THREADS, 1)
-    gather_dq(qm_attention_shape shape, const __grid_constant__ maps from, gradients<T> x) {
+    gather_dq(qm_attention_shape shape, const __grid_constant__ maps from, gradients<T> x,
+              uint32_t tiles) {
 #ifdef QM_HAS_WGMMA_HERE
-  constexpr int KEYS = backward_plan<D>::KEYS, BYTES = KEYS * D * 2;
-  constexpr int KEPT_BYTES = backward_plan<D>::KEPT_BYTES;
+  using plan = backward_plan<D>;
+  constexpr int KEYS = plan::KEYS, BYTES = KEYS * D * 2, STAGES = plan::DQ_STAGES;
   extern __shared__ char unaligned[];
-  char *const tile_q = qm_align_tile(unaligned), *const tile_d = tile_q + KEPT_BYTES;
-  char *const tile_k = tile_d + KEPT_BYTES, *const tile_v = tile_k + STAGES * BYTES;
-  __shared__ uint64_t kept, full[STAGES], empty[STAGES];
-
-  int32_t s, row;
-  const int32_t tile = (int32_t)(gridDim.x - 1 - blockIdx.x), head = blockIdx.y;
-  if (!qm_attention_locate(shape.cu_q, shape.sequences, KEPT, tile, &s, &row)) return;
-  const qm_attention_span span = qm_attention_span_of(shape, s);
-  int32_t first, end, open, close;
-  qm_attention_keys(shape, span, row, &first, &close);
-  qm_attention_keys(shape, span, min(row + KEPT, span.q_end) - 1, &open, &end);
-  const int32_t steps = (max(end - first, 0) + KEYS - 1) / KEYS;
+  char *const tile_q = qm_align_tile(unaligned), *const tile_d = tile_q + plan::KEPT_BYTES;
+  char *const tile_k = tile_d + plan::KEPT_BYTES, *const tile_v = tile_k + STAGES * BYTES;
+  __shared__ kept_tile tiles_at_work[2];
+  __shared__ uint64_t kept_full, kept_empty, full[STAGES], empty[STAGES];
 
   if (threadIdx.x == 0) {
-    qm_barrier_open(&kept, 1);
+    qm_barrier_open(&kept_full, 1);
+    qm_barrier_open(&kept_empty, 4 * GROUPS);
     for (int i = 0; i < STAGES; i++) {
       qm_barrier_open(&full[i], 1);
       qm_barrier_open(&empty[i], 4 * GROUPS);
@@ -39,86 +54,158 @@ static __global__ void __launch_bounds__(THREADS, 1)
   }
   __syncthreads();
 
-  if (threadIdx.x < 128) {
+  if (threadIdx.x < 128) { /* the fetching group: one warp of it */
     qm_registers_release<REGISTERS_LEFT>();
-    if (threadIdx.x != 0) return;
-    const int32_t kv_head = (int32_t)((int64_t)head * shape.kv_heads / shape.heads);
-    qm_barrier_expect(&kept, 2 * KEPT_BYTES);
-    qm_copy_rows<D, KEPT>(tile_q, &from.q, head, row, &kept);
-    qm_copy_rows<D, KEPT>(tile_d, &from.dout, head, row, &kept);
-    for (int32_t i = 0; i < steps; i++) {
-      const int32_t stage = i % STAGES, key = first + i * KEYS;
-      if (i >= STAGES) qm_barrier_wait(&empty[stage], (i / STAGES + 1) % 2);
-      qm_barrier_expect(&full[stage], 2 * BYTES);
-      qm_copy_rows<D, KEYS>(tile_k + stage * BYTES, &from.k, kv_head, key, &full[stage]);
-      qm_copy_rows<D, KEYS>(tile_v + stage * BYTES, &from.v, kv_head, key, &full[stage]);
+    if (threadIdx.x >= 32) return;
+    const bool leads = threadIdx.x == 0;
+    int32_t step = 0; /* over all tiles */
+    for (uint32_t turn = 0;; turn++) {
+      kept_tile tile;
+      tile.steps = -1;
+      for (uint32_t item; tile.steps < 0;) {
+        if ((item = qm_next_item()) >= tiles * (uint32_t)shape.heads) break;
+        int32_t s;
+        tile.head = (int32_t)(item % (uint32_t)shape.heads);
+        if (!qm_attention_locate(shape.cu_q, shape.sequences, KEPT,
+                                 (int32_t)(tiles - 1 - item / (uint32_t)shape.heads), &s,
+                                 &tile.row))
+          continue;
+        tile.span = qm_attention_span_of(shape, s);
+        qm_attention_keys(shape, tile.span, tile.row, &tile.first, &tile.close);
+        qm_attention_keys(shape, tile.span, min(tile.row + KEPT, tile.span.q_end) - 1, &tile.open,
+                          &tile.end);
+        tile.steps = (max(tile.end - tile.first, 0) + KEYS - 1) / KEYS;
+      }
+      const bool found = tile.steps >= 0;
+      qm_barrier_wait(&kept_empty, turn % 2 ^ 1);
+      if (leads) {
+        tiles_at_work[turn % 2] = tile;
+        qm_barrier_expect(&kept_full, found ? 2 * plan::KEPT_BYTES : 0);
+        if (found) {
+          qm_copy_rows<D, KEPT>(tile_q, &from.q, tile.head, tile.row, &kept_full);
+          qm_copy_rows<D, KEPT>(tile_d, &from.dout, tile.head, tile.row, &kept_full);
+        }
+      }
+      if (!found) break;
+      const int32_t kv_head = (int32_t)((int64_t)tile.head * shape.kv_heads / shape.heads);
+      for (int32_t i = 0; i < tile.steps; i++, step++) {
+        const int32_t stage = step % STAGES, key = tile.first + i * KEYS;
+        qm_barrier_wait(&empty[stage], step / STAGES % 2 ^ 1);
+        if (!leads) continue;
+        qm_barrier_expect(&full[stage], 2 * BYTES);
+        qm_copy_rows<D, KEYS>(tile_k + stage * BYTES, &from.k, kv_head, key, &full[stage]);
+        qm_copy_rows<D, KEYS>(tile_v + stage * BYTES, &from.v, kv_head, key, &full[stage]);
+      }
     }
+    qm_items_done();
     return;
   }
 
   qm_registers_take<REGISTERS>();
-  const int32_t group = (int32_t)threadIdx.x / 128 - 1, lane = threadIdx.x % 32, t = lane % 4;
+  const int32_t group = (int32_t)threadIdx.x / 128 - 1, lane = threadIdx.x % 32;
   const int32_t warp_row = group * 64 + (int32_t)threadIdx.x % 128 / 32 * 16, g = lane / 4;
   const uint64_t queries = qm_tile(tile_q + group * 64 * 128);
   const uint64_t douts = qm_tile(tile_d + group * 64 * 128);
   const float scale = shape.scale * QM_LOG2E;
-  float lse[2], delta[2];
-  int32_t seen_first[2], seen_end[2];
-#pragma unroll
-  for (int half = 0; half < 2; half++) {
-    const int32_t query = row + warp_row + half * 8 + g;
-    const int64_t of = (int64_t)query * shape.heads + head;
-    const bool inside = query < span.q_end;
-    lse[half] = inside ? x.lse[of] : INFINITY;
-    delta[half] = inside ? x.delta[of] : 0.0f;
-    seen_first[half] = seen_end[half] = 0;
-    if (inside) qm_attention_keys(shape, span, query, &seen_first[half], &seen_end[half]);
-  }
+  float scores[KEYS / 8][4], slopes[KEYS / 8][4];
+  uint32_t steep[KEYS / 16][4];
 
-  float dq[D / 8][4] = {};
-  if (steps > 0) qm_barrier_wait(&kept, 0);
-  for (int32_t i = 0; i < steps; i++) {
-    const int32_t stage = i % STAGES, key = first + i * KEYS;
-    float scores[KEYS / 8][4], slopes[KEYS / 8][4];
-    uint32_t steep[KEYS / 16][4];
-    qm_barrier_wait(&full[stage], i / STAGES % 2);
-    qm_products_begin();
+  const auto differ = [&](int32_t step) { /* begins the products that give scores and slopes */
+    const int32_t stage = step % STAGES;
+    qm_barrier_wait(&full[stage], step / STAGES % 2);
     qm_multiply_tiles<T, D, KEPT, KEYS>(scores, queries, qm_tile(tile_k + stage * BYTES));
     qm_multiply_tiles<T, D, KEPT, KEYS>(slopes, douts, qm_tile(tile_v + stage * BYTES));
-    qm_products_wait<0>();
-    qm_pin(scores);
-    qm_pin(slopes);
-    const bool masked = key < open || key + KEYS > close;
+  };
+
+  int32_t step = 0;
+  for (uint32_t turn = 0;; turn++) {
+    qm_barrier_wait(&kept_full, turn % 2);
+    const kept_tile &tile = tiles_at_work[turn % 2];
+    const int32_t steps = tile.steps;
+    if (steps < 0) return;
+    query_row rows[2];
 #pragma unroll
-    for (int n = 0; n < KEYS / 8; n++)
+    for (int half = 0; half < 2; half++) {
+      const int32_t query = tile.row + warp_row + half * 8 + g;
+      rows[half] = make_float2(-INFINITY, 0.0f);
+      if (query < tile.span.q_end) rows[half] = x.rows[(int64_t)tile.head * shape.rows_q + query];
+    }
+    float dq[D / 8][4] = {};
+    int32_t key = tile.first;
+    const auto weigh = [&]() { /* scores to P */
+      if (key < tile.open || key + KEYS > tile.close)
+        qm_hide(scores, key, qm_limits_at(qm_limits_of(shape, tile.span, tile.row), warp_row + g));
 #pragma unroll
-      for (int j = 0; j < 4; j++) {
-        const int32_t at = key + n * 8 + 2 * t + j % 2;
-        const bool seen = !masked || (at >= seen_first[j / 2] && at < seen_end[j / 2]);
-        qm_differentiate(scores[n][j], slopes[n][j], scale, lse[j / 2], delta[j / 2], seen);
+      for (int n = 0; n < KEYS / 8; n++)
+#pragma unroll
+        for (int j = 0; j < 4; j++) scores[n][j] = qm_weight(scores[n][j], scale, rows[j / 2].x);
+    };
+    const auto slope = [&]() { /* dP to dS */
+#pragma unroll
+      for (int n = 0; n < KEYS / 8; n++)
+#pragma unroll
+        for (int j = 0; j < 4; j++) slopes[n][j] = scores[n][j] * (slopes[n][j] - rows[j / 2].y);
+      if (key < tile.open || key + KEYS > tile.close) qm_hide_slopes(slopes, scores);
+      key += KEYS;
+    };
+    const auto pack = [&]() {
+#pragma unroll
+      for (int at = 0; at < KEYS / 16; at++) qm_weights_fragment<T>(steep[at], slopes, at);
+    };
+    const auto gather = [&](int32_t stage) { /* begins dq += dS k */
+      const uint64_t keys = qm_tile_along(tile_k + stage * BYTES, KEYS * 128);
+#pragma unroll
+      for (int at = 0; at < KEYS / 16; at++)
+        qm_product<T, 1>(dq, steep[at], qm_tile_at(keys, at * 16 * 128), false);
+      qm_products_commit();
+    };
+
+    if (steps > 0) {
+      qm_products_begin();
+      differ(step);
+      qm_products_wait<1>();
+      qm_pin(scores);
+      weigh();
+      qm_products_wait<0>();
+      qm_pin(slopes);
+      slope();
+      pack();
+      for (int32_t i = 1; i < steps; i++) {
+        const int32_t before = step % STAGES;
+        step++;
+        qm_pin(dq);
+        qm_products_begin();
+        differ(step);
+        gather(before);
+        qm_products_wait<2>();
+        qm_pin(scores);
+        weigh();
+        qm_products_wait<1>();
+        qm_pin(slopes);
+        slope();
+        qm_products_wait<0>();
+        qm_pin(dq);
+        if (lane == 0) qm_barrier_arrive(&empty[before]);
+        pack();
       }
-#pragma unroll
-    for (int step = 0; step < KEYS / 16; step++) qm_weights_fragment<T>(steep[step], slopes, step);
-    qm_pin(dq);
-    qm_products_begin();
-    const uint64_t keys = qm_tile_along(tile_k + stage * BYTES, KEYS * 128);
-#pragma unroll
-    for (int step = 0; step < KEYS / 16; step++)
-      qm_product<T, 1>(dq, steep[step], qm_tile_at(keys, step * 16 * 128), false);
-    qm_products_commit();
-    qm_products_wait<0>();
-    qm_pin(dq);
-    if (lane == 0) qm_barrier_arrive(&empty[stage]);
+      const int32_t stage = step++ % STAGES;
+      qm_pin(dq);
+      qm_products_begin();
+      gather(stage);
+      qm_products_wait<0>();
+      qm_pin(dq);
+      if (lane == 0) qm_barrier_arrive(&empty[stage]);
+    }
+    if (lane == 0) qm_barrier_arrive(&kept_empty);
+    const int32_t mine = tile.row + warp_row;
+    qm_store_rows(x.dq + mine * shape.stride_q + (int64_t)tile.head * D, shape.stride_q,
+                  tile.span.q_end - mine, dq, {shape.scale, shape.scale});
   }
-  const int32_t mine = row + warp_row;
-  qm_store_rows(x.dq + mine * shape.stride_q + (int64_t)head * D, shape.stride_q, span.q_end - mine,
-                dq, {shape.scale, shape.scale});
 #endif
 }
 
 template <typename T, int D>
-static int32_t launch(qm_cuda *cuda, const qm_attention_backward_args *args,
-                      const gradients<T> &x) {
+static int32_t launch(qm_cuda *cuda, const qm_attention_backward_args *args) {
   using plan = backward_plan<D>;
   const qm_attention_shape shape = qm_attention_shape_of(args);
   const int64_t own = args->heads * D; /* dout stands alone */
@@ -127,6 +214,7 @@ static int32_t launch(qm_cuda *cuda, const qm_attention_backward_args *args,
                        key ? args->kv_heads : args->heads, D, stride, (uint32_t)box);
   };
   maps keep_k, keep_q;
+  query_row *rows;
   const int32_t statuses[] = {
       map(&keep_k.q, args->q, false, args->stride_q, plan::QUERIES),
       map(&keep_k.dout, args->dout, false, own, plan::QUERIES),
@@ -143,24 +231,32 @@ static int32_t launch(qm_cuda *cuda, const qm_attention_backward_args *args,
       qm_cuda_check(
           cudaFuncSetAttribute(gather_dq<T, D>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                plan::DQ_BYTES),
-          "attention_backward")};
+          "attention_backward"),
+      qm_cuda_scratch(cuda, args->rows_q * args->heads * (int64_t)sizeof *rows, (void **)&rows)};
   for (const int32_t status : statuses)
     if (status != QM_OK) return status;
-  const dim3 grid_q(qm_attention_tiles(args->rows_q, args->sequences, KEPT), (unsigned)args->heads);
-  const dim3 grid_k(qm_attention_tiles(args->rows_k, args->sequences, KEPT),
-                    (unsigned)args->kv_heads);
-  gather_dkv<T, D><<<grid_k, THREADS, plan::DKV_BYTES, cuda->compute>>>(shape, keep_k, x);
-  gather_dq<T, D><<<grid_q, THREADS, plan::DQ_BYTES, cuda->compute>>>(shape, keep_q, x);
+  const gradients<T> x = {rows, (T *)args->dq.data, (T *)args->dk.data, (T *)args->dv.data};
+  const auto blocks = [&](unsigned tiles, int64_t heads) {
+    const int64_t items = tiles * heads;
+    return (unsigned)(items < cuda->multiprocessors ? items : cuda->multiprocessors);
+  };
+  const unsigned tiles_k = qm_attention_tiles(args->rows_k, args->sequences, KEPT);
+  const unsigned tiles_q = qm_attention_tiles(args->rows_q, args->sequences, KEPT);
+  const int64_t row_blocks = qm_ceil_div(args->rows_q, 128 / (D / 8)) * args->heads;
+  if (row_blocks > 0)
+    summarize<T, D><<<(unsigned)row_blocks, 128, 0, cuda->compute>>>(
+        (const T *)args->dout.data, (const T *)args->out.data, (const float *)args->lse.data, rows,
+        shape.rows_q, shape.heads);
+  gather_dkv<T, D><<<blocks(tiles_k, args->kv_heads), THREADS, plan::DKV_BYTES, cuda->compute>>>(
+      shape, keep_k, x, tiles_k);
+  gather_dq<T, D><<<blocks(tiles_q, args->heads), THREADS, plan::DQ_BYTES, cuda->compute>>>(
+      shape, keep_q, x, tiles_q);
   return qm_cuda_launched(cuda, "attention_backward");
 }
 
 int32_t qm_cuda_attention_backward_wgmma(qm_cuda *cuda, const qm_attention_backward_args *args) {
-  float *delta;
-  if (const int32_t status = qm_cuda_attention_delta(cuda, args, &delta)) return status;
   return qm_with_half(args->q.dtype, [&](auto element) {
     using T = decltype(element);
-    const gradients<T> x = {(const float *)args->lse.data, delta, (T *)args->dq.data,
-                            (T *)args->dk.data, (T *)args->dv.data};
-    return args->head_size == 64 ? launch<T, 64>(cuda, args, x) : launch<T, 128>(cuda, args, x);
+    return args->head_size == 64 ? launch<T, 64>(cuda, args) : launch<T, 128>(cuda, args);
   });
 }

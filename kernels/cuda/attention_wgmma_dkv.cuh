@@ -1,93 +1,141 @@
 /* attention_wgmma_dkv.cuh - the gradients of keys and values with Hopper's warpgroup products: a
-** block
-** keeps a tile of keys and walks over the queries that see it. Part of
+** block takes tiles of keys and walks over the queries that see them. Part of
 ** attention_wgmma_backward.cu. */
 #ifndef QM_ATTENTION_WGMMA_DKV_CUH
 #define QM_ATTENTION_WGMMA_DKV_CUH
 
 #include "attention_wgmma.cuh"
 
-enum { GROUPS = 2, KEPT = 64 * GROUPS, THREADS = 128 * (GROUPS + 1), STAGES = 2 };
-enum {
-  REGISTERS = 240,
-  REGISTERS_LEFT = 24,
-  ROW_LOADERS = 96 /* the copying group's other warps */
-};
+enum { GROUPS = 2, KEPT = 64 * GROUPS, THREADS = 128 * (GROUPS + 1) };
+enum { REGISTERS = 240, REGISTERS_LEFT = 24 };
 
-/* PASSING rows to a tile of those that pass: as many as the registers have room for. */
+/* KEPT rows stay while tiles of QUERIES or KEYS rows pass: as many as the registers have room for.
+** AHEAD: there is also room for gather_dkv to begin a step's products before the last one's are done. */
 template <int D>
 struct backward_plan {
-  static constexpr int QUERIES = 64, KEYS = D == 64 ? 128 : 64;
+  static constexpr int QUERIES = 64, KEYS = D == 64 ? 128 : 64, DKV_STAGES = 3, DQ_STAGES = 3;
+  static constexpr bool AHEAD = D == 64;
   static constexpr int KEPT_BYTES = KEPT * D * 2;
-  static constexpr int DKV_BYTES = 2 * KEPT_BYTES + STAGES * 2 * QUERIES * D * 2 + 1024;
-  static constexpr int DQ_BYTES = 2 * KEPT_BYTES + STAGES * 2 * KEYS * D * 2 + 1024;
+  static constexpr int DKV_BYTES = 2 * KEPT_BYTES + DKV_STAGES * 2 * QUERIES * D * 2 + 1024;
+  static constexpr int DQ_BYTES = 2 * KEPT_BYTES + DQ_STAGES * 2 * KEYS * D * 2 + 1024;
 };
+
+/* What a query's row is to its gradients: see qm_minus_lse, and delta = dout . out. */
+typedef float2 query_row;
 
 template <typename T>
 struct gradients {
-  const float *lse, *delta;
+  const query_row *rows; /* [H, RQ] */
   T *dq, *dk, *dv;
 };
 struct maps {
   CUtensorMap q, k, v, dout;
 };
 
+/* A tile that stays, as the fetching warp tells the others. */
+struct kept_tile {
+  qm_attention_span span;
+  int32_t head, row;         /* head: of queries in gather_dq, of keys in gather_dkv */
+  int32_t first, end, steps; /* the rows that pass, and in how many steps; < 0: no more tiles */
+  int32_t open, close;       /* all rows of the tile meet those from open up to close */
+};
+
+/* Where a weight is 0 the slope is too, whatever the rows of others hold. */
+template <int COLUMNS>
+static __device__ __forceinline__ void qm_hide_slopes(float (&slopes)[COLUMNS][4],
+                                                      const float (&weights)[COLUMNS][4]) {
+#pragma unroll
+  for (int n = 0; n < COLUMNS; n++)
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+      if (weights[n][j] == 0.0f) slopes[n][j] = 0.0f;
+}
+
 template <typename T, int D>
 static __global__ void __launch_bounds__(THREADS, 1)
-    gather_dkv(qm_attention_shape shape, const __grid_constant__ maps from, gradients<T> x) {
+    gather_dkv(qm_attention_shape shape, const __grid_constant__ maps from, gradients<T> x,
+               uint32_t tiles) {
 #ifdef QM_HAS_WGMMA_HERE
-  constexpr int QUERIES = backward_plan<D>::QUERIES, BYTES = QUERIES * D * 2;
-  constexpr int KEPT_BYTES = backward_plan<D>::KEPT_BYTES;
+  using plan = backward_plan<D>;
+  constexpr int QUERIES = plan::QUERIES, BYTES = QUERIES * D * 2, STAGES = plan::DKV_STAGES;
   extern __shared__ char unaligned[];
-  char *const tile_k = qm_align_tile(unaligned), *const tile_v = tile_k + KEPT_BYTES;
-  char *const tile_q = tile_v + KEPT_BYTES, *const tile_d = tile_q + STAGES * BYTES;
-  __shared__ float lses[STAGES][QUERIES], deltas[STAGES][QUERIES];
-  __shared__ uint64_t kept, full[STAGES], empty[STAGES];
-
-  int32_t s, row;
-  const int32_t kv_head = blockIdx.y, shared_by = shape.heads / shape.kv_heads;
-  if (!qm_attention_locate(shape.cu_k, shape.sequences, KEPT, blockIdx.x, &s, &row)) return;
-  const qm_attention_span span = qm_attention_span_of(shape, s);
-  int32_t first, end, open, close; /* all keys of the tile are seen from open up to close */
-  qm_attention_queries(shape, span, row, &first, &close);
-  qm_attention_queries(shape, span, min(row + KEPT, span.k_end) - 1, &open, &end);
-  const int32_t tiles = (max(end - first, 0) + QUERIES - 1) / QUERIES, steps = tiles * shared_by;
+  char *const tile_k = qm_align_tile(unaligned), *const tile_v = tile_k + plan::KEPT_BYTES;
+  char *const tile_q = tile_v + plan::KEPT_BYTES, *const tile_d = tile_q + STAGES * BYTES;
+  __shared__ kept_tile tiles_at_work[2];
+  __shared__ query_row rows[STAGES][QUERIES];
+  __shared__ uint64_t kept_full, kept_empty, full[STAGES], empty[STAGES];
+  const int32_t shared_by = shape.heads / shape.kv_heads;
 
   if (threadIdx.x == 0) {
-    qm_barrier_open(&kept, 1);
+    qm_barrier_open(&kept_full, 1);
+    qm_barrier_open(&kept_empty, 4 * GROUPS);
     for (int i = 0; i < STAGES; i++) {
-      qm_barrier_open(&full[i], 1 + ROW_LOADERS);
+      qm_barrier_open(&full[i], 1 + 32);
       qm_barrier_open(&empty[i], 4 * GROUPS);
     }
     qm_barriers_ready();
   }
   __syncthreads();
 
-  if (threadIdx.x < 128) {
+  if (threadIdx.x < 128) { /* the fetching group: one warp of it */
     qm_registers_release<REGISTERS_LEFT>();
-    if (threadIdx.x == 0) {
-      qm_barrier_expect(&kept, 2 * KEPT_BYTES);
-      qm_copy_rows<D, KEPT>(tile_k, &from.k, kv_head, row, &kept);
-      qm_copy_rows<D, KEPT>(tile_v, &from.v, kv_head, row, &kept);
-    }
-    for (int32_t i = 0; i < steps; i++) {
-      const int32_t stage = i % STAGES, head = kv_head * shared_by + i / tiles;
-      const int32_t query = first + i % tiles * QUERIES;
-      if (i >= STAGES) qm_barrier_wait(&empty[stage], (i / STAGES + 1) % 2);
-      if (threadIdx.x == 0) {
-        qm_barrier_expect(&full[stage], 2 * BYTES);
-        qm_copy_rows<D, QUERIES>(tile_q + stage * BYTES, &from.q, head, query, &full[stage]);
-        qm_copy_rows<D, QUERIES>(tile_d + stage * BYTES, &from.dout, head, query, &full[stage]);
-      } else if (threadIdx.x >= 128 - ROW_LOADERS) {
-        for (int32_t r = (int32_t)threadIdx.x - (128 - ROW_LOADERS); r < QUERIES;
-             r += ROW_LOADERS) {
-          const int64_t of = (int64_t)(query + r) * shape.heads + head;
-          lses[stage][r] = query + r < end ? x.lse[of] : INFINITY;
-          deltas[stage][r] = query + r < end ? x.delta[of] : 0.0f;
+    if (threadIdx.x >= 32) return;
+    const bool leads = threadIdx.x == 0;
+    int32_t step = 0; /* over all tiles */
+    for (uint32_t turn = 0;; turn++) {
+      kept_tile tile;
+      tile.steps = -1;
+      for (uint32_t item; tile.steps < 0;) {
+        if ((item = qm_next_item()) >= tiles * (uint32_t)shape.kv_heads) break;
+        int32_t s;
+        tile.head = (int32_t)(item % (uint32_t)shape.kv_heads);
+        if (!qm_attention_locate(shape.cu_k, shape.sequences, KEPT,
+                                 (int32_t)(item / (uint32_t)shape.kv_heads), &s, &tile.row))
+          continue;
+        tile.span = qm_attention_span_of(shape, s);
+        qm_attention_queries(shape, tile.span, tile.row, &tile.first, &tile.close);
+        qm_attention_queries(shape, tile.span, min(tile.row + KEPT, tile.span.k_end) - 1,
+                             &tile.open, &tile.end);
+        tile.steps = (max(tile.end - tile.first, 0) + QUERIES - 1) / QUERIES * shared_by;
+      }
+      const bool found = tile.steps >= 0;
+      qm_barrier_wait(&kept_empty, turn % 2 ^ 1);
+      if (leads) {
+        tiles_at_work[turn % 2] = tile;
+        qm_barrier_expect(&kept_full, found ? 2 * plan::KEPT_BYTES : 0);
+        if (found) {
+          qm_copy_rows<D, KEPT>(tile_k, &from.k, tile.head, tile.row, &kept_full);
+          qm_copy_rows<D, KEPT>(tile_v, &from.v, tile.head, tile.row, &kept_full);
         }
+      }
+      if (!found) break;
+      int32_t head = tile.head * shared_by, query = tile.first;
+      for (int32_t i = 0; i < tile.steps; i++, step++) {
+        const int32_t stage = step % STAGES;
+        query_row mine[QUERIES / 32]; /* asked for before the wait */
+#pragma unroll
+        for (int r = 0; r < QUERIES / 32; r++) {
+          const int32_t of = query + r * 32 + (int32_t)threadIdx.x;
+          mine[r] = make_float2(-INFINITY, 0.0f);
+          if (of < tile.end) mine[r] = x.rows[(int64_t)head * shape.rows_q + of];
+        }
+        qm_barrier_wait(&empty[stage], step / STAGES % 2 ^ 1);
+        if (leads) {
+          qm_barrier_expect(&full[stage], 2 * BYTES);
+          qm_copy_rows<D, QUERIES>(tile_q + stage * BYTES, &from.q, head, query, &full[stage]);
+          qm_copy_rows<D, QUERIES>(tile_d + stage * BYTES, &from.dout, head, query, &full[stage]);
+        }
+#pragma unroll
+        for (int r = 0; r < QUERIES / 32; r++) rows[stage][r * 32 + threadIdx.x] = mine[r];
         qm_barrier_arrive(&full[stage]);
+        query += QUERIES;
+        if (query >= tile.end) {
+          query = tile.first;
+          head++;
+        }
       }
     }
+    qm_items_done();
     return;
   }
 
@@ -97,77 +145,134 @@ static __global__ void __launch_bounds__(THREADS, 1)
   const uint64_t keys = qm_tile(tile_k + group * 64 * 128);
   const uint64_t values = qm_tile(tile_v + group * 64 * 128);
   const float scale = shape.scale * QM_LOG2E;
-  int32_t seen_first[2], seen_end[2];
-#pragma unroll
-  for (int half = 0; half < 2; half++)
-    qm_attention_queries(shape, span, row + warp_row + g + 8 * half, &seen_first[half],
-                         &seen_end[half]);
+  float scores[QUERIES / 8][4], slopes[QUERIES / 8][4];
+  uint32_t weights[QUERIES / 16][4], steep[QUERIES / 16][4];
 
-  float dk[D / 8][4] = {}, dv[D / 8][4] = {};
-  if (steps > 0) qm_barrier_wait(&kept, 0);
-  for (int32_t i = 0; i < steps; i++) {
-    const int32_t stage = i % STAGES, query = first + i % tiles * QUERIES;
-    float scores[QUERIES / 8][4];
-    uint32_t weights[QUERIES / 16][4];
-    qm_barrier_wait(&full[stage], i / STAGES % 2);
-    qm_products_begin();
+  const auto differ = [&](int32_t step) { /* begins the products that give scores and slopes */
+    const int32_t stage = step % STAGES;
+    qm_barrier_wait(&full[stage], step / STAGES % 2);
     qm_multiply_tiles<T, D, KEPT, QUERIES>(scores, keys, qm_tile(tile_q + stage * BYTES));
-    qm_products_wait<0>();
-    qm_pin(scores);
-    const bool masked = query < open || query + QUERIES > close;
-#pragma unroll
-    for (int n = 0; n < QUERIES / 8; n++)
-#pragma unroll
-      for (int j = 0; j < 4; j++) {
-        const int32_t column = n * 8 + 2 * t + j % 2, of = query + column;
-        const bool seen = !masked || (of >= seen_first[j / 2] && of < seen_end[j / 2]);
-        const float p = exp2f(fmaf(scores[n][j], scale, -lses[stage][column] * QM_LOG2E));
-        scores[n][j] = seen ? p : 0.0f;
-      }
-#pragma unroll
-    for (int step = 0; step < QUERIES / 16; step++)
-      qm_weights_fragment<T>(weights[step], scores, step);
-    float slopes[QUERIES / 8][4];
-    qm_pin(dv);
-    qm_products_begin();
     qm_multiply_tiles<T, D, KEPT, QUERIES>(slopes, values, qm_tile(tile_d + stage * BYTES));
-    const uint64_t douts = qm_tile_along(tile_d + stage * BYTES, QUERIES * 128);
+  };
+
+  int32_t step = 0;
+  for (uint32_t turn = 0;; turn++) {
+    qm_barrier_wait(&kept_full, turn % 2);
+    const kept_tile &tile = tiles_at_work[turn % 2];
+    const int32_t steps = tile.steps;
+    if (steps < 0) return;
+    float dk[D / 8][4] = {}, dv[D / 8][4] = {};
+    int32_t query = tile.first;
+    const auto weigh = [&](int32_t stage) { /* scores to P */
+      if (query < tile.open || query + QUERIES > tile.close) {
 #pragma unroll
-    for (int step = 0; step < QUERIES / 16; step++)
-      qm_product<T, 1>(dv, weights[step], qm_tile_at(douts, step * 16 * 128), false);
-    qm_products_commit();
-    qm_products_wait<1>();
-    qm_pin(slopes);
+        for (int half = 0; half < 2; half++) {
+          int32_t seen_first, seen_end;
+          qm_attention_queries(shape, tile.span, tile.row + warp_row + g + 8 * half, &seen_first,
+                               &seen_end);
 #pragma unroll
-    for (int n = 0; n < QUERIES / 8; n++)
+          for (int n = 0; n < QUERIES / 8; n++)
 #pragma unroll
-      for (int j = 0; j < 4; j++) {
-        /* P as the product above takes it: its f32 has no registers to stay in */
-        const float p = qm_half_of<T>(weights[n / 2][n % 2 * 2 + j / 2], j % 2);
-        const float dp = slopes[n][j] - deltas[stage][n * 8 + 2 * t + j % 2];
-        slopes[n][j] = p == 0.0f ? 0.0f : p * dp;
+            for (int j = 2 * half; j < 2 * half + 2; j++) {
+              const int32_t of = query + n * 8 + 2 * t + j % 2;
+              if (of < seen_first || of >= seen_end) scores[n][j] = -INFINITY;
+            }
+        }
       }
-    uint32_t steep[QUERIES / 16][4];
 #pragma unroll
-    for (int step = 0; step < QUERIES / 16; step++)
-      qm_weights_fragment<T>(steep[step], slopes, step);
-    qm_pin(dk);
-    qm_products_begin();
-    const uint64_t queries = qm_tile_along(tile_q + stage * BYTES, QUERIES * 128);
+      for (int n = 0; n < QUERIES / 8; n++)
 #pragma unroll
-    for (int step = 0; step < QUERIES / 16; step++)
-      qm_product<T, 1>(dk, steep[step], qm_tile_at(queries, step * 16 * 128), false);
-    qm_products_commit();
-    qm_products_wait<0>();
-    qm_pin(dk);
-    qm_pin(dv);
-    if (lane == 0) qm_barrier_arrive(&empty[stage]);
+        for (int j = 0; j < 4; j++)
+          scores[n][j] = qm_weight(scores[n][j], scale, rows[stage][n * 8 + 2 * t + j % 2].x);
+    };
+    const auto slope = [&](int32_t stage) { /* dP to dS */
+#pragma unroll
+      for (int n = 0; n < QUERIES / 8; n++)
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+          const float dp = slopes[n][j] - rows[stage][n * 8 + 2 * t + j % 2].y;
+          slopes[n][j] = scores[n][j] * dp;
+        }
+      if (query < tile.open || query + QUERIES > tile.close) qm_hide_slopes(slopes, scores);
+      query += QUERIES;
+      if (query >= tile.end) query = tile.first;
+    };
+    const auto pack = [&]() {
+#pragma unroll
+      for (int at = 0; at < QUERIES / 16; at++) {
+        qm_weights_fragment<T>(weights[at], scores, at);
+        qm_weights_fragment<T>(steep[at], slopes, at);
+      }
+    };
+    const auto gather = [&](int32_t stage) { /* begins dv += P^T dout, dk += dS^T q */
+      const uint64_t douts = qm_tile_along(tile_d + stage * BYTES, QUERIES * 128);
+      const uint64_t queries = qm_tile_along(tile_q + stage * BYTES, QUERIES * 128);
+#pragma unroll
+      for (int at = 0; at < QUERIES / 16; at++)
+        qm_product<T, 1>(dv, weights[at], qm_tile_at(douts, at * 16 * 128), false);
+#pragma unroll
+      for (int at = 0; at < QUERIES / 16; at++)
+        qm_product<T, 1>(dk, steep[at], qm_tile_at(queries, at * 16 * 128), false);
+      qm_products_commit();
+    };
+
+    const auto finish = [&](int32_t stage) {
+      qm_pin(dv);
+      qm_pin(dk);
+      qm_products_begin();
+      gather(stage);
+      qm_products_wait<0>();
+      qm_pin(dv);
+      qm_pin(dk);
+      if (lane == 0) qm_barrier_arrive(&empty[stage]);
+    };
+    const auto begin = [&](int32_t stage) {
+      qm_products_begin();
+      differ(step);
+      qm_products_wait<1>();
+      qm_pin(scores);
+      weigh(stage);
+      qm_products_wait<0>();
+      qm_pin(slopes);
+      slope(stage);
+      pack();
+    };
+
+    if (plan::AHEAD && steps > 0) {
+      begin(step % STAGES);
+      for (int32_t i = 1; i < steps; i++) {
+        const int32_t before = step % STAGES, stage = ++step % STAGES;
+        qm_pin(dv);
+        qm_pin(dk);
+        qm_products_begin();
+        differ(step);
+        gather(before);
+        qm_products_wait<2>();
+        qm_pin(scores);
+        weigh(stage);
+        qm_products_wait<1>();
+        qm_pin(slopes);
+        slope(stage);
+        qm_products_wait<0>();
+        qm_pin(dv);
+        qm_pin(dk);
+        if (lane == 0) qm_barrier_arrive(&empty[before]);
+        pack();
+      }
+      finish(step++ % STAGES);
+    } else {
+      for (int32_t i = 0; i < steps; i++, step++) {
+        begin(step % STAGES);
+        finish(step % STAGES);
+      }
+    }
+    if (lane == 0) qm_barrier_arrive(&kept_empty);
+    const int32_t mine = tile.row + warp_row, there = tile.span.k_end - mine;
+    const int64_t head_at = (int64_t)tile.head * D;
+    qm_store_rows(x.dk + mine * shape.stride_k + head_at, shape.stride_k, there, dk,
+                  {shape.scale, shape.scale});
+    qm_store_rows(x.dv + mine * shape.stride_v + head_at, shape.stride_v, there, dv, {1.0f, 1.0f});
   }
-  const int32_t mine = row + warp_row, there = span.k_end - mine;
-  qm_store_rows(x.dk + mine * shape.stride_k + (int64_t)kv_head * D, shape.stride_k, there, dk,
-                {shape.scale, shape.scale});
-  qm_store_rows(x.dv + mine * shape.stride_v + (int64_t)kv_head * D, shape.stride_v, there, dv,
-                {1.0f, 1.0f});
 #endif
 }
 
