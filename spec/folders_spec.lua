@@ -105,6 +105,13 @@ describe("A model's folder", function()
     local dense = load(root .. "/1", { linear = { kind = "mpq", w_bit = 4, group_size = 32 } })
     assert.equal(4, dense.model.layers[1].mlp.up_proj.weight.w_bit)
     assert.is_true(dense.model.layers[1].mlp.up_proj.weight.requires_grad)
+    -- From the type that the file has, without a copy in f32: the codes are the same.
+    load(root .. "/1"):save(root .. "/1bf16", { dtype = "bf16" })
+    local q = load(root .. "/1bf16", { linear = { kind = "mpq", w_bit = 4, group_size = 32 } })
+    local w = load(root .. "/1bf16").model.layers[1].mlp.up_proj.weight
+    assert.equal("f32", w.dtype)
+    testing.assert_equal(qm.QParam.quantize(w, { w_bit = 4, group_size = 32 }):dequantize("f32"),
+      q.model.layers[1].mlp.up_proj.weight:dequantize("f32"))
     assert.equal("bf16", load(root .. "/1", { weights = "bf16" }).model.embed_tokens.weight.dtype)
     local other = load(root .. "/q2", { linear = { kind = "mpq", w_bit = 8, group_size = 64 } })
     assert.equal(8, other.model.layers[1].mlp.up_proj.weight.w_bit)

@@ -22,6 +22,7 @@ local POSITIONS_MAX = 2 ^ 22 -- the rotations of more take gigabytes; who has su
 ---A dense tensor as we keep it.
 ---@param load table  see M.load
 ---@param turned boolean  stored [N, K] where we have [K, N]
+---@param dtype string|nil  nil: as it is stored
 local function dense(load, key, shape, turned, dtype)
   local source = load.source
   local stored_type = source:expect(load.name, key, turned and { shape[2], shape[1] } or shape)
@@ -34,7 +35,7 @@ local function dense(load, key, shape, turned, dtype)
     x = y
   end
   if turned then replace(x:transpose()) end
-  if x.dtype ~= dtype then replace(x:to(dtype)) end
+  if dtype and x.dtype ~= dtype then replace(x:to(dtype)) end
   if load.device:memory().cached_bytes > 2 ^ 27 then load.device:empty_cache() end
   return x
 end
@@ -83,8 +84,8 @@ local function fill_layer(load, layer, path)
     local entry = declared[name]
     if entry then
       local turned = name == "weight" and is_linear(layer) and load.model.stores_transposed(path)
-      local dtype = #entry.shape == 2 and not entry.quantize and (load.weights or entry.dtype) or "f32"
-      local x = dense(load, path .. "." .. name, entry.shape, turned, dtype)
+      local dtype = #entry.shape == 2 and (load.weights or entry.dtype) or "f32"
+      local x = dense(load, path .. "." .. name, entry.shape, turned, not entry.quantize and dtype or nil)
       if entry.quantize then
         local ok, q = pcall(qm.QParam.quantize, x, entry.quantize)
         x:free()
