@@ -157,7 +157,8 @@ local function check_options(name, options)
 end
 
 ---Write a model as a GGUF file for llama.cpp. A quantized weight goes into Q4_0, Q4_1 or Q8_0, the smallest
----that holds its grid exactly: llama.cpp then decodes to the same numbers as we do. What is dense stays as it is.
+---that holds its grid exactly: llama.cpp then decodes to the same numbers as we do. A residual stays behind. What
+---is dense stays as it is.
 ---
 ---The file has what llama.cpp needs of the tokenizer, too, where it knows one that makes the same tokens.
 ---
