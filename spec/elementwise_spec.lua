@@ -97,7 +97,7 @@ describe("unary operations", function()
             local expected, actual = testing.both({ x, dout }, run(entry), move)
             testing.assert_close(expected[1], actual[1], dtype == "f32" and 2e-6 or 1e-2)
             if not entry.flat then
-              testing.assert_close(expected[2], actual[2], dtype == "f32" and 4e-6 or 1e-2, "dx")
+              testing.assert_close(expected[2], actual[2], dtype == "f32" and 4e-6 or 1e-2, "dx", 0.1)
             end
           end
         end
@@ -187,10 +187,21 @@ describe("binary operations", function()
     end)
   end
 
+  ---Values on both sides of 1 .. 2 and away from it, where maximum and minimum have a kink.
+  local function either_side(shape)
+    local side = qm.rand(shape, reference):totable()
+    local function draw(value)
+      if type(value) == "number" then return value < 0.5 and 1.8 * value or 1.2 + 1.8 * value end
+      for i, inner in ipairs(value) do value[i] = draw(inner) end
+      return value
+    end
+    return qm.tensor(draw(side), with_gradient)
+  end
+
   for _, name in ipairs({ "add", "sub", "mul", "div", "maximum", "minimum" }) do
     it(name .. " has the gradients that central differences show, broadcasting", function()
       for i = 1, 6 do
-        local a = qm.randn(SHAPES[i][1], with_gradient)
+        local a = name:find("imum") and either_side(SHAPES[i][1]) or qm.randn(SHAPES[i][1], with_gradient)
         local b = qm.rand(SHAPES[i][2], with_gradient, 1, 2)
         testing.check_gradients(qm[name], { a, b }, { step = 1e-3, tolerance = 1e-2 })
       end

@@ -1,6 +1,5 @@
 /* accumulate.cu - out = alpha x + beta out. Reference: kernels/reference/elementwise.c, equal bit
-** for
-** bit: two products, then a sum. */
+** for bit: two products, then a sum. */
 #include "pack.cuh"
 
 struct scaled {

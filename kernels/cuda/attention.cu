@@ -40,7 +40,8 @@ static bool suits_mma(const Args *args) {
          (args->stride_q | args->stride_k | args->stride_v) % 8 == 0;
 }
 
-/* Hopper's own kernels: of those, the head sizes in whole tiles of 64. QM_CUDA_WGMMA=0 does without. */
+/* Hopper's own kernels: of those, the head sizes in whole tiles of 64. QM_CUDA_WGMMA=0 does
+** without. */
 template <typename Args>
 static bool suits_wgmma(const qm_cuda *cuda, const Args *args) {
   const char *wanted = getenv("QM_CUDA_WGMMA");

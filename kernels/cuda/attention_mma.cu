@@ -1,7 +1,6 @@
 /* attention_mma.cu - flash attention forward on the tensor cores, for 16-bit elements and head
-** sizes
-** 64, 80, 96 and 128. A block takes 128 query rows of one head, a warp 32 of them, and walks over
-** tiles of keys with an online softmax. Source: Dao, FlashAttention-2, arXiv 2307.08691.
+** sizes 64, 80, 96 and 128. A block takes 128 query rows of one head, a warp 32 of them, and walks
+** over tiles of keys with an online softmax. Source: Dao, FlashAttention-2, arXiv 2307.08691.
 */
 #include "attention_mma.cuh"
 #include "attention_mma.h"

@@ -3,8 +3,7 @@
 **
 ** A tile is ROWS x D elements with 8 more at the end of each row: ldmatrix then meets no two of its
 ** eight rows in one bank. One warp multiplies 16 rows (or two times 16) of a left tile with all
-** rows
-** of a right one.
+** rows of a right one.
 */
 #ifndef QM_ATTENTION_MMA_CUH
 #define QM_ATTENTION_MMA_CUH

@@ -2,11 +2,9 @@
 ** elements and head sizes 64, 80, 96 and 128.
 **
 ** P = exp(S - lse), dS = P (dP - delta) with delta = dout . out. One kernel holds a tile of keys
-** and
-** walks over the queries that see it (dv = P^T dout, dk = dS^T q), another holds a tile of queries
-** and walks over the keys (dq = dS k). S and dP are worked out twice, and so no sum depends on
-** which
-** block comes first. Source: Dao, FlashAttention-2, arXiv 2307.08691, algorithm 2.
+** and walks over the queries that see it (dv = P^T dout, dk = dS^T q), another holds a tile of
+** queries and walks over the keys (dq = dS k). S and dP are worked out twice, and so no sum depends
+** on which block comes first. Source: Dao, FlashAttention-2, arXiv 2307.08691, algorithm 2.
 */
 #include "attention_mma.cuh"
 #include "attention_mma.h"
@@ -57,7 +55,8 @@ static __global__ void __launch_bounds__(QM_THREADS)
                           if (threadIdx.x < QUERIES) {
                             const bool inside = (int32_t)threadIdx.x < there;
                             const int64_t of = at + (int64_t)threadIdx.x * shape.heads;
-                            lses[stage * QUERIES + threadIdx.x] = qm_minus_lse(inside ? x.lse[of] : INFINITY);
+                            lses[stage * QUERIES + threadIdx.x] =
+                                qm_minus_lse(inside ? x.lse[of] : INFINITY);
                             deltas[stage * QUERIES + threadIdx.x] = inside ? x.delta[of] : 0.0f;
                           }
       };

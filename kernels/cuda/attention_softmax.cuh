@@ -1,5 +1,5 @@
-/* attention_softmax.cuh - the online softmax of 16 rows as the tensor cores' accumulators hold them:
-** thread l of a warp has rows l / 4 and l / 4 + 8, and of every 8 columns the two from 2 (l % 4).
+/* attention_softmax.cuh - the online softmax of 16 rows as the tensor cores' accumulators hold
+** them: thread l of a warp has rows l / 4 and l / 4 + 8, and of 8 columns the two from 2 (l % 4).
 ** Source: Dao, FlashAttention-2, arXiv 2307.08691.
 */
 #ifndef QM_ATTENTION_SOFTMAX_CUH
@@ -10,8 +10,8 @@
 
 constexpr float QM_LOG2E = 1.44269504088896340736f, QM_LN2 = 0.69314718055994530942f;
 
-/* 2^x to two units in the last place, 0 below 2^-126: what exp2f spends on those smallest numbers is
-** more than the exponential itself. */
+/* 2^x to two units in the last place, 0 below 2^-126: what exp2f spends on those smallest numbers
+** is more than the exponential itself. */
 static __device__ __forceinline__ float qm_exp2(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -97,8 +97,8 @@ static __device__ __forceinline__ void qm_scale_rows(float (&acc)[COLUMNS][4],
     for (int i = 0; i < 4; i++) acc[n][i] *= factor[i / 2];
 }
 
-/* All keys are in: the factor that makes weights of the sums, and each row's lse. `row` is the first
-** of the thread's two. */
+/* All keys are in: the factor that makes weights of the sums, and each row's lse. `row` is the
+** first of the thread's two. */
 static __device__ __forceinline__ void qm_finish_rows(const qm_row_softmax &rows,
                                                       float (&factor)[2], float *lse,
                                                       const qm_attention_shape &shape, int32_t row,

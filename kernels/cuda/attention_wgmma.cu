@@ -1,10 +1,10 @@
-/* attention_wgmma.cu - flash attention forward with Hopper's warpgroup products, for 16-bit elements
-** and head sizes 64 and 128.
+/* attention_wgmma.cu - flash attention forward with Hopper's warpgroup products, for 16-bit
+** elements and head sizes 64 and 128.
 **
-** A block stays on its multiprocessor and takes tiles of query rows, those with the most keys first,
-** until none is left. One warpgroup fetches: which tile is next, its queries, keys and values; the
-** others take 64 rows of it each and walk over the keys. The products of the next scores run while
-** the softmax of the last ones is worked out.
+** A block stays on its multiprocessor and takes tiles of query rows, those with the most keys
+** first, until none is left. One warpgroup fetches: which tile is next, its queries, keys and
+** values; the others take 64 rows of it each and walk over the keys. The products of the next
+** scores run while the softmax of the last ones is worked out.
 ** Source: Shah et al., FlashAttention-3, arXiv 2407.08608.
 */
 #include "attention_wgmma.cuh"
@@ -23,8 +23,9 @@ struct forward_plan {
 struct forward_tile {
   qm_attention_span span;
   int32_t head, row;
-  int32_t first, steps;  /* its first key, and how many times KEYS of them; steps < 0: no more tiles */
-  int32_t open, close;   /* all its rows see the keys from open up to close */
+  int32_t first,
+      steps; /* its first key, and how many times KEYS of them; steps < 0: no more tiles */
+  int32_t open, close; /* all its rows see the keys from open up to close */
 };
 
 template <int ROWS>
@@ -72,7 +73,6 @@ static __global__ void __launch_bounds__(forward_plan<D>::THREADS, 1)
   if (threadIdx.x < 128) { /* the fetching group: one warp of it */
     qm_registers_release<plan::REGISTERS_LEFT>();
     if (threadIdx.x >= 32) return;
-    const bool leads = threadIdx.x == 0;
     int32_t step = 0; /* over all tiles */
     for (uint32_t turn = 0;; turn++) {
       forward_tile next;
@@ -81,23 +81,23 @@ static __global__ void __launch_bounds__(forward_plan<D>::THREADS, 1)
         found = locate<plan::ROWS>(shape, item, tiles, &next);
       if (!found) next.steps = -1;
       qm_barrier_wait(&q_empty, turn % 2 ^ 1);
-      if (leads) {
+      if (threadIdx.x == 0) {
         tiles_at_work[turn % 2] = next;
         qm_barrier_expect(&q_full, found ? plan::Q_BYTES : 0);
         if (found) qm_copy_rows<D, plan::ROWS>(tile_q, &q, next.head, next.row, &q_full);
       }
       if (!found) break;
-      const int32_t kv_head = (int32_t)((int64_t)next.head * shape.kv_heads / shape.heads);
+      const int32_t kv_head = next.head / (shape.heads / shape.kv_heads);
       for (int32_t i = 0; i < next.steps; i++, step++) {
         const int32_t stage = step % STAGES, fresh = step / STAGES % 2 ^ 1;
         const int32_t key = next.first + i * KEYS;
         qm_barrier_wait(&k_empty[stage], fresh);
-        if (leads) {
+        if (threadIdx.x == 0) {
           qm_barrier_expect(&k_full[stage], plan::KV_BYTES);
           qm_copy_rows<D, KEYS>(tile_k + stage * plan::KV_BYTES, &k, kv_head, key, &k_full[stage]);
         }
         qm_barrier_wait(&v_empty[stage], fresh);
-        if (leads) {
+        if (threadIdx.x == 0) {
           qm_barrier_expect(&v_full[stage], plan::KV_BYTES);
           qm_copy_rows<D, KEYS>(tile_v + stage * plan::KV_BYTES, &v, kv_head, key, &v_full[stage]);
         }
@@ -115,7 +115,8 @@ static __global__ void __launch_bounds__(forward_plan<D>::THREADS, 1)
   float scores[KEYS / 8][4], keep[2];
   uint32_t weights[KEYS / 16][4];
 
-  const auto score = [&](int32_t step) { /* begins the products */
+  /* Begins the products */
+  const auto score = [&](int32_t step) {
     qm_barrier_wait(&k_full[step % STAGES], step / STAGES % 2);
     const uint64_t keys = qm_tile(tile_k + step % STAGES * plan::KV_BYTES);
     qm_multiply_tiles<T, D, plan::ROWS, KEYS>(scores, queries, keys);
@@ -143,7 +144,8 @@ static __global__ void __launch_bounds__(forward_plan<D>::THREADS, 1)
       qm_weigh(rows, scores, keep, scale);
     };
     float gathered[D / 8][4] = {};
-    const auto gather = [&](int32_t at) { /* begins gathered += weights V */
+    /* Begins gathered += weights V */
+    const auto gather = [&](int32_t at) {
       qm_barrier_wait(&v_full[at % STAGES], at / STAGES % 2);
       const uint64_t values = qm_tile_along(tile_v + at % STAGES * plan::KV_BYTES, KEYS * 128);
 #pragma unroll

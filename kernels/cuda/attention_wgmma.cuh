@@ -39,6 +39,29 @@ static __device__ __forceinline__ void qm_multiply_tiles(float (&acc)[B_ROWS / 8
   qm_products_commit();
 }
 
+/* A warp's 16 rows of a tile of ROWS, from `row` on, in registers: fragments of 16 columns. */
+template <int D, int ROWS>
+static __device__ __forceinline__ void qm_tile_fragments(uint32_t (&out)[D / 16][4],
+                                                         const char *tile, int32_t row) {
+  const int32_t lane = threadIdx.x % 32, of = row + lane % 16;
+#pragma unroll
+  for (int step = 0; step < D / 16; step++) {
+    const int32_t piece = (step % 4 * 2 + lane / 16) ^ of % 8;
+    qm_ldmatrix(out[step], tile + step / 4 * (ROWS * 128) + of * 128 + piece * 16);
+  }
+}
+/* Begin acc = a b^T for rows in registers and all B_ROWS of a tile, both D wide. */
+template <typename T, int D, int B_ROWS>
+static __device__ __forceinline__ void qm_multiply_fragments(float (&acc)[B_ROWS / 8][4],
+                                                             const uint32_t (&a)[D / 16][4],
+                                                             uint64_t b) {
+#pragma unroll
+  for (int step = 0; step < D / 16; step++)
+    qm_product<T, 0>(acc, a[step], qm_tile_at(b, step / 4 * (B_ROWS * 128) + step % 4 * 32),
+                     step == 0);
+  qm_products_commit();
+}
+
 /* ---- blocks that stay and take one item after the other ---- */
 
 /* Items taken by the launch at work, and blocks that are done with it; 0 between launches. */

@@ -30,6 +30,23 @@ static __global__ void __launch_bounds__(128)
     rows[(int64_t)head * rows_q + row] = make_float2(qm_minus_lse(lse[of]), sum);
 }
 
+/* Tile `item` of queries, those that see the most keys first; steps stays below 0 where there is
+** none. */
+template <int KEYS>
+static __device__ __forceinline__ void locate_queries(const qm_attention_shape &shape,
+                                                      uint32_t item, uint32_t tiles,
+                                                      kept_tile *tile) {
+  int32_t s;
+  tile->head = (int32_t)(item % (uint32_t)shape.heads);
+  const int32_t index = (int32_t)(tiles - 1 - item / (uint32_t)shape.heads);
+  if (!qm_attention_locate(shape.cu_q, shape.sequences, KEPT, index, &s, &tile->row)) return;
+  tile->span = qm_attention_span_of(shape, s);
+  qm_attention_keys(shape, tile->span, tile->row, &tile->first, &tile->close);
+  qm_attention_keys(shape, tile->span, min(tile->row + KEPT, tile->span.q_end) - 1, &tile->open,
+                    &tile->end);
+  tile->steps = (max(tile->end - tile->first, 0) + KEYS - 1) / KEYS;
+}
+
 template <typename T, int D>
 static __global__ void __launch_bounds__(THREADS, 1)
     gather_dq(qm_attention_shape shape, const __grid_constant__ maps from, gradients<T> x,
@@ -55,30 +72,20 @@ static __global__ void __launch_bounds__(THREADS, 1)
   __syncthreads();
 
   if (threadIdx.x < 128) { /* the fetching group: one warp of it */
-    qm_registers_release<REGISTERS_LEFT>();
+    qm_registers_release<plan::DQ_REGISTERS_LEFT>();
     if (threadIdx.x >= 32) return;
-    const bool leads = threadIdx.x == 0;
     int32_t step = 0; /* over all tiles */
     for (uint32_t turn = 0;; turn++) {
       kept_tile tile;
       tile.steps = -1;
-      for (uint32_t item; tile.steps < 0;) {
-        if ((item = qm_next_item()) >= tiles * (uint32_t)shape.heads) break;
-        int32_t s;
-        tile.head = (int32_t)(item % (uint32_t)shape.heads);
-        if (!qm_attention_locate(shape.cu_q, shape.sequences, KEPT,
-                                 (int32_t)(tiles - 1 - item / (uint32_t)shape.heads), &s,
-                                 &tile.row))
-          continue;
-        tile.span = qm_attention_span_of(shape, s);
-        qm_attention_keys(shape, tile.span, tile.row, &tile.first, &tile.close);
-        qm_attention_keys(shape, tile.span, min(tile.row + KEPT, tile.span.q_end) - 1, &tile.open,
-                          &tile.end);
-        tile.steps = (max(tile.end - tile.first, 0) + KEYS - 1) / KEYS;
+      while (tile.steps < 0) {
+        const uint32_t item = qm_next_item();
+        if (item >= tiles * (uint32_t)shape.heads) break;
+        locate_queries<KEYS>(shape, item, tiles, &tile);
       }
       const bool found = tile.steps >= 0;
       qm_barrier_wait(&kept_empty, turn % 2 ^ 1);
-      if (leads) {
+      if (threadIdx.x == 0) {
         tiles_at_work[turn % 2] = tile;
         qm_barrier_expect(&kept_full, found ? 2 * plan::KEPT_BYTES : 0);
         if (found) {
@@ -87,11 +94,12 @@ static __global__ void __launch_bounds__(THREADS, 1)
         }
       }
       if (!found) break;
-      const int32_t kv_head = (int32_t)((int64_t)tile.head * shape.kv_heads / shape.heads);
-      for (int32_t i = 0; i < tile.steps; i++, step++) {
-        const int32_t stage = step % STAGES, key = tile.first + i * KEYS;
+      const int32_t kv_head = tile.head / (shape.heads / shape.kv_heads);
+      int32_t key = tile.first;
+      for (const int32_t end = step + tile.steps; step < end; step++, key += KEYS) {
+        const int32_t stage = step % STAGES;
         qm_barrier_wait(&empty[stage], step / STAGES % 2 ^ 1);
-        if (!leads) continue;
+        if (threadIdx.x != 0) continue;
         qm_barrier_expect(&full[stage], 2 * BYTES);
         qm_copy_rows<D, KEYS>(tile_k + stage * BYTES, &from.k, kv_head, key, &full[stage]);
         qm_copy_rows<D, KEYS>(tile_v + stage * BYTES, &from.v, kv_head, key, &full[stage]);
@@ -101,7 +109,7 @@ static __global__ void __launch_bounds__(THREADS, 1)
     return;
   }
 
-  qm_registers_take<REGISTERS>();
+  qm_registers_take<plan::DQ_REGISTERS>();
   const int32_t group = (int32_t)threadIdx.x / 128 - 1, lane = threadIdx.x % 32;
   const int32_t warp_row = group * 64 + (int32_t)threadIdx.x % 128 / 32 * 16, g = lane / 4;
   const uint64_t queries = qm_tile(tile_q + group * 64 * 128);
@@ -110,7 +118,8 @@ static __global__ void __launch_bounds__(THREADS, 1)
   float scores[KEYS / 8][4], slopes[KEYS / 8][4];
   uint32_t steep[KEYS / 16][4];
 
-  const auto differ = [&](int32_t step) { /* begins the products that give scores and slopes */
+  /* Begins the products that give scores and slopes */
+  const auto differ = [&](int32_t step) {
     const int32_t stage = step % STAGES;
     qm_barrier_wait(&full[stage], step / STAGES % 2);
     qm_multiply_tiles<T, D, KEPT, KEYS>(scores, queries, qm_tile(tile_k + stage * BYTES));
@@ -132,7 +141,8 @@ static __global__ void __launch_bounds__(THREADS, 1)
     }
     float dq[D / 8][4] = {};
     int32_t key = tile.first;
-    const auto weigh = [&]() { /* scores to P */
+    /* Scores to P */
+    const auto weigh = [&]() {
       if (key < tile.open || key + KEYS > tile.close)
         qm_hide(scores, key, qm_limits_at(qm_limits_of(shape, tile.span, tile.row), warp_row + g));
 #pragma unroll
@@ -140,7 +150,8 @@ static __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll
         for (int j = 0; j < 4; j++) scores[n][j] = qm_weight(scores[n][j], scale, rows[j / 2].x);
     };
-    const auto slope = [&]() { /* dP to dS */
+    /* DP to dS */
+    const auto slope = [&]() {
 #pragma unroll
       for (int n = 0; n < KEYS / 8; n++)
 #pragma unroll
@@ -152,7 +163,8 @@ static __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll
       for (int at = 0; at < KEYS / 16; at++) qm_weights_fragment<T>(steep[at], slopes, at);
     };
-    const auto gather = [&](int32_t stage) { /* begins dq += dS k */
+    /* Begins dq += dS k */
+    const auto gather = [&](int32_t stage) {
       const uint64_t keys = qm_tile_along(tile_k + stage * BYTES, KEYS * 128);
 #pragma unroll
       for (int at = 0; at < KEYS / 16; at++)

@@ -4,51 +4,23 @@
 #ifndef QM_ATTENTION_WGMMA_DKV_CUH
 #define QM_ATTENTION_WGMMA_DKV_CUH
 
-#include "attention_wgmma.cuh"
+#include "attention_wgmma_backward.cuh"
 
-enum { GROUPS = 2, KEPT = 64 * GROUPS, THREADS = 128 * (GROUPS + 1) };
-enum { REGISTERS = 240, REGISTERS_LEFT = 24 };
-
-/* KEPT rows stay while tiles of QUERIES or KEYS rows pass: as many as the registers have room for.
-** AHEAD: there is also room for gather_dkv to begin a step's products before the last one's are done. */
-template <int D>
-struct backward_plan {
-  static constexpr int QUERIES = 64, KEYS = D == 64 ? 128 : 64, DKV_STAGES = 3, DQ_STAGES = 3;
-  static constexpr bool AHEAD = D == 64;
-  static constexpr int KEPT_BYTES = KEPT * D * 2;
-  static constexpr int DKV_BYTES = 2 * KEPT_BYTES + DKV_STAGES * 2 * QUERIES * D * 2 + 1024;
-  static constexpr int DQ_BYTES = 2 * KEPT_BYTES + DQ_STAGES * 2 * KEYS * D * 2 + 1024;
-};
-
-/* What a query's row is to its gradients: see qm_minus_lse, and delta = dout . out. */
-typedef float2 query_row;
-
-template <typename T>
-struct gradients {
-  const query_row *rows; /* [H, RQ] */
-  T *dq, *dk, *dv;
-};
-struct maps {
-  CUtensorMap q, k, v, dout;
-};
-
-/* A tile that stays, as the fetching warp tells the others. */
-struct kept_tile {
-  qm_attention_span span;
-  int32_t head, row;         /* head: of queries in gather_dq, of keys in gather_dkv */
-  int32_t first, end, steps; /* the rows that pass, and in how many steps; < 0: no more tiles */
-  int32_t open, close;       /* all rows of the tile meet those from open up to close */
-};
-
-/* Where a weight is 0 the slope is too, whatever the rows of others hold. */
-template <int COLUMNS>
-static __device__ __forceinline__ void qm_hide_slopes(float (&slopes)[COLUMNS][4],
-                                                      const float (&weights)[COLUMNS][4]) {
-#pragma unroll
-  for (int n = 0; n < COLUMNS; n++)
-#pragma unroll
-    for (int j = 0; j < 4; j++)
-      if (weights[n][j] == 0.0f) slopes[n][j] = 0.0f;
+/* Tile `item` of keys, those that the most queries see first; steps stays below 0 where there is
+** none. */
+template <int QUERIES>
+static __device__ __forceinline__ void locate_keys(const qm_attention_shape &shape, uint32_t item,
+                                                   kept_tile *tile) {
+  int32_t s;
+  tile->head = (int32_t)(item % (uint32_t)shape.kv_heads);
+  const int32_t index = (int32_t)(item / (uint32_t)shape.kv_heads);
+  if (!qm_attention_locate(shape.cu_k, shape.sequences, KEPT, index, &s, &tile->row)) return;
+  tile->span = qm_attention_span_of(shape, s);
+  qm_attention_queries(shape, tile->span, tile->row, &tile->first, &tile->close);
+  qm_attention_queries(shape, tile->span, min(tile->row + KEPT, tile->span.k_end) - 1, &tile->open,
+                       &tile->end);
+  tile->steps =
+      (max(tile->end - tile->first, 0) + QUERIES - 1) / QUERIES * (shape.heads / shape.kv_heads);
 }
 
 template <typename T, int D>
@@ -62,7 +34,7 @@ static __global__ void __launch_bounds__(THREADS, 1)
   char *const tile_k = qm_align_tile(unaligned), *const tile_v = tile_k + plan::KEPT_BYTES;
   char *const tile_q = tile_v + plan::KEPT_BYTES, *const tile_d = tile_q + STAGES * BYTES;
   __shared__ kept_tile tiles_at_work[2];
-  __shared__ query_row rows[STAGES][QUERIES];
+  __shared__ float minus_lses[STAGES][QUERIES], deltas[STAGES][QUERIES];
   __shared__ uint64_t kept_full, kept_empty, full[STAGES], empty[STAGES];
   const int32_t shared_by = shape.heads / shape.kv_heads;
 
@@ -78,29 +50,20 @@ static __global__ void __launch_bounds__(THREADS, 1)
   __syncthreads();
 
   if (threadIdx.x < 128) { /* the fetching group: one warp of it */
-    qm_registers_release<REGISTERS_LEFT>();
+    qm_registers_release<plan::DKV_REGISTERS_LEFT>();
     if (threadIdx.x >= 32) return;
-    const bool leads = threadIdx.x == 0;
     int32_t step = 0; /* over all tiles */
     for (uint32_t turn = 0;; turn++) {
       kept_tile tile;
       tile.steps = -1;
-      for (uint32_t item; tile.steps < 0;) {
-        if ((item = qm_next_item()) >= tiles * (uint32_t)shape.kv_heads) break;
-        int32_t s;
-        tile.head = (int32_t)(item % (uint32_t)shape.kv_heads);
-        if (!qm_attention_locate(shape.cu_k, shape.sequences, KEPT,
-                                 (int32_t)(item / (uint32_t)shape.kv_heads), &s, &tile.row))
-          continue;
-        tile.span = qm_attention_span_of(shape, s);
-        qm_attention_queries(shape, tile.span, tile.row, &tile.first, &tile.close);
-        qm_attention_queries(shape, tile.span, min(tile.row + KEPT, tile.span.k_end) - 1,
-                             &tile.open, &tile.end);
-        tile.steps = (max(tile.end - tile.first, 0) + QUERIES - 1) / QUERIES * shared_by;
+      while (tile.steps < 0) {
+        const uint32_t item = qm_next_item();
+        if (item >= tiles * (uint32_t)shape.kv_heads) break;
+        locate_keys<QUERIES>(shape, item, &tile);
       }
       const bool found = tile.steps >= 0;
       qm_barrier_wait(&kept_empty, turn % 2 ^ 1);
-      if (leads) {
+      if (threadIdx.x == 0) {
         tiles_at_work[turn % 2] = tile;
         qm_barrier_expect(&kept_full, found ? 2 * plan::KEPT_BYTES : 0);
         if (found) {
@@ -120,13 +83,16 @@ static __global__ void __launch_bounds__(THREADS, 1)
           if (of < tile.end) mine[r] = x.rows[(int64_t)head * shape.rows_q + of];
         }
         qm_barrier_wait(&empty[stage], step / STAGES % 2 ^ 1);
-        if (leads) {
+        if (threadIdx.x == 0) {
           qm_barrier_expect(&full[stage], 2 * BYTES);
           qm_copy_rows<D, QUERIES>(tile_q + stage * BYTES, &from.q, head, query, &full[stage]);
           qm_copy_rows<D, QUERIES>(tile_d + stage * BYTES, &from.dout, head, query, &full[stage]);
         }
 #pragma unroll
-        for (int r = 0; r < QUERIES / 32; r++) rows[stage][r * 32 + threadIdx.x] = mine[r];
+        for (int r = 0; r < QUERIES / 32; r++) {
+          minus_lses[stage][r * 32 + threadIdx.x] = mine[r].x;
+          deltas[stage][r * 32 + threadIdx.x] = mine[r].y;
+        }
         qm_barrier_arrive(&full[stage]);
         query += QUERIES;
         if (query >= tile.end) {
@@ -139,7 +105,7 @@ static __global__ void __launch_bounds__(THREADS, 1)
     return;
   }
 
-  qm_registers_take<REGISTERS>();
+  qm_registers_take<plan::DKV_REGISTERS>();
   const int32_t group = (int32_t)threadIdx.x / 128 - 1, lane = threadIdx.x % 32, t = lane % 4;
   const int32_t warp_row = group * 64 + (int32_t)threadIdx.x % 128 / 32 * 16, g = lane / 4;
   const uint64_t keys = qm_tile(tile_k + group * 64 * 128);
@@ -147,12 +113,21 @@ static __global__ void __launch_bounds__(THREADS, 1)
   const float scale = shape.scale * QM_LOG2E;
   float scores[QUERIES / 8][4], slopes[QUERIES / 8][4];
   uint32_t weights[QUERIES / 16][4], steep[QUERIES / 16][4];
+  uint32_t held_keys[D / 16][4], held_values[D / 16][4];
 
-  const auto differ = [&](int32_t step) { /* begins the products that give scores and slopes */
+  /* Begins the products that give scores and slopes */
+  const auto differ = [&](int32_t step) {
     const int32_t stage = step % STAGES;
     qm_barrier_wait(&full[stage], step / STAGES % 2);
-    qm_multiply_tiles<T, D, KEPT, QUERIES>(scores, keys, qm_tile(tile_q + stage * BYTES));
-    qm_multiply_tiles<T, D, KEPT, QUERIES>(slopes, values, qm_tile(tile_d + stage * BYTES));
+    const uint64_t queries = qm_tile(tile_q + stage * BYTES);
+    const uint64_t douts = qm_tile(tile_d + stage * BYTES);
+    if constexpr (plan::ROOM) {
+      qm_multiply_fragments<T, D, QUERIES>(scores, held_keys, queries);
+      qm_multiply_fragments<T, D, QUERIES>(slopes, held_values, douts);
+    } else {
+      qm_multiply_tiles<T, D, KEPT, QUERIES>(scores, keys, queries);
+      qm_multiply_tiles<T, D, KEPT, QUERIES>(slopes, values, douts);
+    }
   };
 
   int32_t step = 0;
@@ -161,9 +136,15 @@ static __global__ void __launch_bounds__(THREADS, 1)
     const kept_tile &tile = tiles_at_work[turn % 2];
     const int32_t steps = tile.steps;
     if (steps < 0) return;
+    if constexpr (plan::ROOM) {
+      qm_tile_fragments<D, KEPT>(held_keys, tile_k, warp_row);
+      qm_tile_fragments<D, KEPT>(held_values, tile_v, warp_row);
+      if (lane == 0) qm_barrier_arrive(&kept_empty);
+    }
     float dk[D / 8][4] = {}, dv[D / 8][4] = {};
     int32_t query = tile.first;
-    const auto weigh = [&](int32_t stage) { /* scores to P */
+    /* Scores to P */
+    const auto weigh = [&](int32_t stage) {
       if (query < tile.open || query + QUERIES > tile.close) {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
@@ -183,15 +164,16 @@ static __global__ void __launch_bounds__(THREADS, 1)
       for (int n = 0; n < QUERIES / 8; n++)
 #pragma unroll
         for (int j = 0; j < 4; j++)
-          scores[n][j] = qm_weight(scores[n][j], scale, rows[stage][n * 8 + 2 * t + j % 2].x);
+          scores[n][j] = qm_weight(scores[n][j], scale, minus_lses[stage][n * 8 + 2 * t + j % 2]);
     };
-    const auto slope = [&](int32_t stage) { /* dP to dS */
+    /* DP to dS */
+    const auto slope = [&](int32_t stage) {
 #pragma unroll
       for (int n = 0; n < QUERIES / 8; n++)
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-          const float dp = slopes[n][j] - rows[stage][n * 8 + 2 * t + j % 2].y;
-          slopes[n][j] = scores[n][j] * dp;
+          const float delta = deltas[stage][n * 8 + 2 * t + j % 2];
+          slopes[n][j] = scores[n][j] * (slopes[n][j] - delta);
         }
       if (query < tile.open || query + QUERIES > tile.close) qm_hide_slopes(slopes, scores);
       query += QUERIES;
@@ -204,7 +186,8 @@ static __global__ void __launch_bounds__(THREADS, 1)
         qm_weights_fragment<T>(steep[at], slopes, at);
       }
     };
-    const auto gather = [&](int32_t stage) { /* begins dv += P^T dout, dk += dS^T q */
+    /* Begins dv += P^T dout, dk += dS^T q */
+    const auto gather = [&](int32_t stage) {
       const uint64_t douts = qm_tile_along(tile_d + stage * BYTES, QUERIES * 128);
       const uint64_t queries = qm_tile_along(tile_q + stage * BYTES, QUERIES * 128);
 #pragma unroll
@@ -238,7 +221,7 @@ static __global__ void __launch_bounds__(THREADS, 1)
       pack();
     };
 
-    if (plan::AHEAD && steps > 0) {
+    if (plan::ROOM && steps > 0) {
       begin(step % STAGES);
       for (int32_t i = 1; i < steps; i++) {
         const int32_t before = step % STAGES, stage = ++step % STAGES;
@@ -266,7 +249,7 @@ static __global__ void __launch_bounds__(THREADS, 1)
         finish(step % STAGES);
       }
     }
-    if (lane == 0) qm_barrier_arrive(&kept_empty);
+    if (!plan::ROOM && lane == 0) qm_barrier_arrive(&kept_empty);
     const int32_t mine = tile.row + warp_row, there = tile.span.k_end - mine;
     const int64_t head_at = (int64_t)tile.head * D;
     qm_store_rows(x.dk + mine * shape.stride_k + head_at, shape.stride_k, there, dk,

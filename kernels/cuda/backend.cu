@@ -22,6 +22,7 @@ static void close_device(void *context) {
   qm_cuda_readings_close(cuda);
   qm_cuda_staging_close(cuda);
   qm_cuda_scratch_close(cuda);
+  if (cuda->late != NULL) cudaFree(cuda->late->taken);
   cudaFreeHost(cuda->late);
   if (cuda->event != NULL) cudaEventDestroy(cuda->event);
   if (cuda->copy != NULL) cudaStreamDestroy(cuda->copy);
@@ -42,9 +43,12 @@ static int32_t open_parts(void *context) {
   for (const cudaError_t error : errors)
     if (const int32_t status = qm_cuda_check(error, "open")) return status;
   memset(cuda->late, 0, sizeof *cuda->late);
-  if (const int32_t status = qm_cuda_check(
-          cudaHostGetDevicePointer((void **)&cuda->late_device, cuda->late, 0), "open"))
-    return status;
+  const cudaError_t late_errors[] = {
+      cudaHostGetDevicePointer((void **)&cuda->late_device, cuda->late, 0),
+      cudaMalloc((void **)&cuda->late->taken, sizeof *cuda->late->taken),
+      cudaMemset(cuda->late->taken, 0, sizeof *cuda->late->taken)};
+  for (const cudaError_t error : late_errors)
+    if (const int32_t status = qm_cuda_check(error, "open")) return status;
   cuda->multiprocessors = properties.multiProcessorCount;
   cuda->capability = properties.major * 10 + properties.minor;
   if (cuda->capability < 80)

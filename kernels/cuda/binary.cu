@@ -1,7 +1,6 @@
 /* binary.cu - operations on two tensors, broadcasting. Reference: kernels/reference/elementwise.c,
-** equal
-** bit for bit. A thread does a pack along the last dimension, where each operand has stride 1 or
-** 0. */
+** equal bit for bit. A thread does a pack along the last dimension, where each operand has stride 1
+** or 0. */
 #include "dtype.h"
 #include "pack.cuh"
 

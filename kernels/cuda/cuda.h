@@ -1,8 +1,7 @@
 /* cuda.h - what the files of the CUDA backend share: a device's context, launches, late errors.
 **
 ** A kernel named `x` in backend.h is qm_cuda_x here: it launches on the context's compute stream
-** and
-** returns at once. Arithmetic follows the reference: compiled with -fmad=false, so that a fused
+** and returns at once. Arithmetic follows the reference: compiled with -fmad=false, so that a fused
 ** multiply-add is one only where the code says fmaf.
 */
 #ifndef QM_CUDA_H
@@ -15,7 +14,8 @@
 /* The first index that a kernel found out of range, in memory that both sides see. The kernel
 ** skips it and goes on; the next call that waits for the device reports it. */
 typedef struct qm_cuda_late {
-  uint32_t found;
+  uint32_t *taken;   /* in the device's memory: 1 once a thread has found one; it alone notes it */
+  uint32_t found;    /* 1: the rest is filled in */
   int32_t operation; /* index into QM_KERNEL_LIST */
   int64_t value, limit;
 } qm_cuda_late;

@@ -92,11 +92,12 @@ __device__ __forceinline__ float qm_block_sum(float x) {
 __device__ __forceinline__ bool qm_index_fits(qm_cuda_late *late, int32_t operation, int64_t value,
                                               int64_t limit) {
   if (value >= 0 && value < limit) return true;
-  if (atomicCAS_system(&late->found, 0u, 1u) == 0u) {
+  if (atomicCAS(late->taken, 0u, 1u) == 0u) {
     late->operation = operation;
     late->value = value;
     late->limit = limit;
     __threadfence_system();
+    late->found = 1u;
   }
   return false;
 }

@@ -8,8 +8,7 @@ static const char *const operation_names[] = {
 };
 
 /* Failures of queued work. CUDA tells the next call that asks, and the process cannot use the
-** device
-** any more. */
+** device any more. */
 static bool is_late(cudaError_t error) {
   switch (error) {
     case cudaErrorIllegalAddress:
@@ -66,6 +65,8 @@ int32_t qm_cuda_late_index(qm_cuda *cuda) {
   qm_cuda_late *late = cuda->late;
   if (late->found == 0) return QM_OK;
   late->found = 0;
+  const cudaError_t error = cudaMemsetAsync(late->taken, 0, sizeof *late->taken, cuda->compute);
+  if (const int32_t status = qm_cuda_check(error, "sync")) return status;
   if (late->operation == QM_CUDA_OP_attention) /* whose only indices are its offsets */
     return qm_cuda_host->fail(QM_E_ARGUMENT,
                               "attention: expected offsets ascending from 0 to the number of rows, "

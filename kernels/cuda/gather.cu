@@ -1,6 +1,5 @@
 /* gather.cu - rows by number: out[r] = x[index[r]]. Reference: kernels/reference/index.c. A row
-** whose
-** number is out of range becomes 0, and the next call that waits says so. */
+** whose number is out of range becomes 0, and the next call that waits says so. */
 #include "dtype.h"
 #include "pack.cuh"
 

@@ -11,7 +11,7 @@
 
 enum {
   QM_GEMM_WORKSPACE_BYTES = 32 << 20, /* what NVIDIA advises on Hopper */
-  QM_GEMM_CANDIDATES = 8,
+  QM_GEMM_CANDIDATES = 16,
 };
 
 /* What a plan is made for. No padding, so that keys compare as bytes. */
@@ -46,7 +46,7 @@ struct qm_cuda_blas {
   std::mutex lock; /* around finding a plan and queueing it */
   cublasLtHandle_t handle;
   void *workspace;
-  bool tunes; /* $QM_CUDA_TUNE=1 */
+  bool tunes; /* unless $QM_CUDA_TUNE=0 */
   int tuned;  /* plans so far */
   std::unordered_map<qm_gemm_key, qm_gemm_plan, qm_gemm_hash> plans;
 };

@@ -34,7 +34,7 @@ int32_t qm_cuda_gemm_open(qm_cuda *cuda) {
   if (blas == NULL) return qm_cuda_host->fail(QM_E_MEMORY, "the host is out of memory");
   cuda->blas = blas;
   const char *tune = getenv("QM_CUDA_TUNE");
-  blas->tunes = tune != NULL && strcmp(tune, "1") == 0;
+  blas->tunes = tune == NULL || strcmp(tune, "0") != 0;
   const int32_t status = qm_cuda_gemm_check(cublasLtCreate(&blas->handle), "opening cuBLASLt");
   if (status != QM_OK) return status;
   cuda->workspace_bytes += QM_GEMM_WORKSPACE_BYTES;

@@ -67,9 +67,8 @@ static cudaError_t follow(cudaStream_t stream, cudaStream_t before, cudaEvent_t 
   return error != cudaSuccess ? error : cudaStreamWaitEvent(stream, event, 0);
 }
 
-/* On the target's stream, behind the source's work; and the source waits in turn, lest it
-** overwrite x
-** too early. The driver goes by way of the host where the two devices cannot reach each other. */
+/* On the target's stream, behind the source's work; and the source waits in turn, lest it overwrite
+** x too early. The driver goes by way of the host where the two devices cannot reach each other. */
 int32_t qm_cuda_copy_between(void *context, void *out, void *from, const void *x,
                              int64_t size_bytes) {
   qm_cuda *source = (qm_cuda *)from;

@@ -1,9 +1,8 @@
 /* mma.cuh - the tensor cores' warp-level instructions (sm_80 and later) for 16-bit elements.
 **
-** Fragments of mma.m16n8k16 for lane l, g = l / 4, t = l % 4: A holds rows g and g + 8, columns
-** 2t, 2t+1 and 2t+8, 2t+9; B holds rows 2t, 2t+1, 2t+8, 2t+9 of column g; the accumulator holds
-** rows
-** g and g + 8 of columns 2t and 2t + 1. Source: PTX ISA, "Matrix multiply-accumulate operation".
+** Fragments of mma.m16n8k16 for lane l, g = l / 4, t = l % 4: A holds rows g and g + 8, columns 2t,
+** 2t+1 and 2t+8, 2t+9; B holds rows 2t, 2t+1, 2t+8, 2t+9 of column g; the accumulator holds rows g
+** and g + 8 of columns 2t and 2t + 1. Source: PTX ISA, "Matrix multiply-accumulate operation".
 */
 #ifndef QM_MMA_CUH
 #define QM_MMA_CUH

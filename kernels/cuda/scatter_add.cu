@@ -2,10 +2,8 @@
 **
 ** Reference: kernels/reference/index.c.
 ** Method: positions are sorted by their index (stably, so that equal indices keep their order). A
-** warp
-** sums a run of equal indices for a slab of columns, row after row. Runs of more than LIMIT rows
-** are a
-** kernel of their own, which has many more rows on their way.
+** warp sums a run of equal indices for a slab of columns, row after row. Runs of more than LIMIT
+** rows are a kernel of their own, which has many more rows on their way.
 ** Cost: reads x once, reads and writes the rows of out that are hit.
 */
 #include <cub/device/device_radix_sort.cuh>

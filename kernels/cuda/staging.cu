@@ -2,9 +2,8 @@
 **
 ** A write copies into a chunk and returns: the device fetches the bytes in the order of the compute
 ** stream, and the caller may change its memory at once. Small writes share a chunk; a large one
-** fills
-** chunk after chunk while the device fetches the one before. A large read goes through the copy
-** stream, which waits for what is queued so far, not for what will be.
+** fills chunk after chunk while the device fetches the one before. A large read goes through the
+** copy stream, which waits for what is queued so far, not for what will be.
 */
 #include <stdlib.h>
 #include <string.h>

@@ -1,11 +1,9 @@
 /* wgmma.cuh - Hopper's warpgroup products, its tensor copies and barriers (sm_90a only).
 **
 ** Shared tiles are ROWS x 64 elements of 16 bits, 128 bytes to a row, in the 128-byte swizzle that
-** the tensor copy writes: the 16-byte piece c of row r lies at c ^ (r % 8). A wider tile is
-** several of
-** them, one after the other; each begins at a multiple of 1024 bytes.
-** The accumulator of 64 x N belongs to four warps, 16 rows each, every one as mma.m16n8k16 holds
-** it.
+** the tensor copy writes: the 16-byte piece c of row r lies at c ^ (r % 8). A wider tile is several
+** of them, one after the other; each begins at a multiple of 1024 bytes. The accumulator of 64 x N
+** belongs to four warps, 16 rows each, every one as mma.m16n8k16 holds it.
 ** Source: PTX ISA, "Asynchronous warpgroup level matrix instructions".
 */
 #ifndef QM_WGMMA_CUH
@@ -69,9 +67,8 @@ static __device__ __forceinline__ void qm_pin(float (&acc)[N][4]) {
   "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, "          \
   "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
 
-/* acc (= where fresh, else +=) a b. ALONG is 1 for a b by qm_tile_along, 0 for one by qm_tile; a
-** is a
-** tile in shared memory, or the fragment that qm_mma takes. */
+/* acc (= where fresh, else +=) a b. ALONG is 1 for a b by qm_tile_along, 0 for one by qm_tile; a is
+** a tile in shared memory, or the fragment that qm_mma takes. */
 template <typename T, int ALONG>
 static __device__ __forceinline__ void qm_product(float (&acc)[8][4], uint64_t a, uint64_t b,
                                                   bool fresh) {

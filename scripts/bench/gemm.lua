@@ -3,8 +3,8 @@
 --   bin/quartermoon [--device cuda] scripts/bench/gemm.lua [rows channels features classes]
 --
 -- Without sizes, those of a small model on a CPU; on a GPU those of single layers, of a Llama of 1.1B and
--- of GPT-2 124M. Shares are of the device's rate at 8192^3 (qm.ceilings), measured in the same run; on a
--- GPU also with QM_CUDA_TUNE=1.
+-- of GPT-2 124M. Shares are of the device's rate at 8192^3 (qm.ceilings), measured in the same run; with
+-- QM_CUDA_TUNE=0, of cuBLASLt's first choices.
 -- Targets, on two cores with AMX, bf16: 2 TFLOP/s forward and to x, 1.7 to the weight. On an H200 the
 -- first choice of cuBLASLt ran at 600 to 870 TFLOP/s, its best of eight at 640 to 880.
 

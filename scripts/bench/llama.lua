@@ -3,7 +3,9 @@
 --
 --   bin/quartermoon --device cuda scripts/bench/llama.lua [--linear dense|mpq|both] [--batch 8] ...
 --
--- Targets, one H200, the defaults (1.1B): dense 85k tokens/s; 4-bit 0.95 of that in half of 26 GiB.
+-- Targets, one H200, the defaults (1.1B): dense 85k tokens/s; 4-bit 0.95 of that in half of 26 GiB, for which
+-- moments and gradients must be small and the batch be taken in parts:
+--   ... llama.lua --linear mpq --moments bf16 --grad bf16 --parts 4
 
 local qm = require("quartermoon")
 local training = dofile("scripts/bench/training.lua")
@@ -19,11 +21,13 @@ local o = qm.options.parse(arg, training.declare("scripts/bench/llama.lua", "Tim
   { "vocab", 32000, "tokens there are", min = 1 },
   { "w-bit", 4, "bits of a quantized weight", choices = { 1, 2, 4, 8 } },
   { "group-size", 128, "weights that share a scale", min = 32 },
+  { "grad", "f32", "type of a quantized weight's gradient", choices = { "f32", "bf16" } },
 }))
 
 local function run(kind)
   qm.seed(1)
-  local linear = kind == "dense" and { kind = kind } or { kind = kind, w_bit = o.w_bit, group_size = o.group_size }
+  local linear = kind == "dense" and { kind = kind }
+    or { kind = kind, w_bit = o.w_bit, group_size = o.group_size, grad_dtype = o.grad }
   local model = qm.models.llama.new({ vocab_size = o.vocab, hidden_size = o.width, intermediate_size = o.inner,
     num_hidden_layers = o.layers, num_attention_heads = o.width / 64, num_key_value_heads = o.kv_heads,
     max_position_embeddings = o.context }, { dtype = o.dtype, linear = linear, checkpoint = o.checkpoint })

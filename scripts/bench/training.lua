@@ -9,6 +9,7 @@ M.OPTIONS = {
   { "steps", 20, "steps to time", min = 1 },
   { "dtype", "auto", "type of the activations", choices = { "auto", "f32", "bf16" } },
   { "moments", "f32", "type of the optimizer's moments", choices = { "f32", "bf16" } },
+  { "parts", 1, "parts of a batch, one behind the other, whose gradients add up", min = 1 },
   { "checkpoint", false, "recompute blocks in backward" },
   { "eager", false, "run every step from Lua, without a graph" },
   { "profile", false, "time each operation of one eager step as well" },
@@ -52,12 +53,18 @@ end
 ---@return table  { rate = tokens/s, peak_bytes = }
 function M.run(model, job)
   local device, o = model.device, job.options
-  local offsets = {}
-  for i = 0, job.batch do offsets[i + 1] = i * job.context end
+  local offsets, sequences = {}, job.batch / o.parts
+  if sequences % 1 ~= 0 then error(("--parts %d do not divide --batch %d"):format(o.parts, job.batch), 0) end
+  for i = 0, sequences do offsets[i + 1] = i * job.context end
+  local rows, share = sequences * job.context, qm.full({}, 1 / o.parts):keep()
   local optim = qm.optim.new(model, { lr = 1e-4, weight_decay = 0.1, moments = o.moments })
   local function body(tokens, targets)
-    local loss = model:loss(tokens, targets, offsets)
-    loss:backward()
+    local loss
+    for part = 0, o.parts - 1 do
+      local first = part * rows + 1
+      loss = model:loss(tokens:narrow(first, rows), targets:narrow(first, rows), offsets)
+      loss:backward(share)
+    end
     optim:step()
     optim:zero_grad()
     return loss
@@ -82,8 +89,8 @@ function M.run(model, job)
   table.sort(times)
   local seconds, peak_bytes = times[math.ceil(#times / 2)], device:memory().peak_bytes
   local rate = job.batch * job.context / seconds
-  print(("%s: %d x %d tokens, %s activations, %s"):format(tostring(device), job.batch, job.context, model.dtype,
-    o.eager and "eager" or "graph"))
+  print(("%s: %d x %d tokens in %d parts, %s activations, %s moments, %s"):format(tostring(device), job.batch,
+    job.context, o.parts, model.dtype, o.moments, o.eager and "eager" or "graph"))
   print(("loss %.4f -> %.4f"):format(first, last:item()))
   step:free()
   local ceiling = qm.default_device():info().total_bytes > 0 and require("quartermoon.ceilings").of(device) or nil
@@ -101,6 +108,7 @@ function M.run(model, job)
     batch.tokens:free()
     batch.targets:free()
   end
+  share:free()
   optim:free()
   return { rate = rate, peak_bytes = peak_bytes }
 end

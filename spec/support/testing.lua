@@ -6,13 +6,14 @@ local M = {}
 ---The device under test: $QM_DEVICE, default cpu.
 M.device = os.getenv("QM_DEVICE") or "cpu"
 
----Values of two tensors differ by at most `tolerance`, relative to the largest expected magnitude.
-function M.assert_close(expected, actual, tolerance, what)
+---Values of two tensors differ by at most `tolerance`, relative to the largest expected magnitude, which
+---counts as at_least where it is less: for values that may all be near a root.
+function M.assert_close(expected, actual, tolerance, what, at_least)
   assert(#expected.shape == #actual.shape, "different number of dimensions")
   for i = 1, #expected.shape do assert(expected.shape[i] == actual.shape[i], "different shapes") end
   local a, count = expected:host()
   local b = actual:host()
-  local largest, worst, at = 1e-30, 0, 0
+  local largest, worst, at = at_least or 1e-30, 0, 0
   for i = 0, count - 1 do
     largest = math.max(largest, math.abs(tonumber(a[i])))
     local difference = math.abs(tonumber(a[i]) - tonumber(b[i]))

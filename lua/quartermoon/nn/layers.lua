@@ -80,12 +80,12 @@ M.QLinear = QLinear
 local GRID_RANGE = 1
 
 local QUANTIZE_DEFAULTS = { w_bit = 4, group_size = 64, asym = true, scale_dtype = "f16", method = "minmax",
-  range = GRID_RANGE }
+  range = GRID_RANGE, grad_dtype = "f32" }
 
 ---The options of QParam.quantize among ours.
 local function quantize_options(options)
   return { w_bit = options.w_bit, group_size = options.group_size, asym = options.asym,
-    dtype = options.scale_dtype, method = options.method, range = options.range }
+    dtype = options.scale_dtype, method = options.method, range = options.range, grad_dtype = options.grad_dtype }
 end
 
 ---A fresh layer: random weights are drawn, quantized at once and released.
@@ -93,7 +93,8 @@ end
 ---@param outputs integer
 ---@param options table|nil  { w_bit = 4, group_size = 64, asym = true, scale_dtype = "f16",
 ---   method = "minmax" or "mse", range = 1 (times the span of the fresh weights, for a fixed grid must
----   leave room to grow), std = 0.7 / sqrt(inputs), bias = false, device = default, generator }
+---   leave room to grow), grad_dtype = "f32" or "bf16" (half the memory, every sum rounded),
+---   std = 0.7 / sqrt(inputs), bias = false, device = default, generator }
 function QLinear.new(inputs, outputs, options)
   local name = "qm.nn.QLinear"
   check.integer(name, "inputs", inputs, 1)

@@ -95,7 +95,7 @@ template <typename T>
 static inline void __stcg(T *x, T value) {
   *x = value;
 }
-static inline uint32_t atomicCAS_system(uint32_t *at, uint32_t expected, uint32_t wanted) {
+static inline uint32_t atomicCAS(uint32_t *at, uint32_t expected, uint32_t wanted) {
   const uint32_t was = *at;
   if (was == expected) *at = wanted;
   return was;
