@@ -1,20 +1,23 @@
 /* mpq_dequantize.cu - packed codes to weights in feature order.
 **
 ** Reference: kernels/reference/mpq_dequantize.c, equal bit for bit.
-** Launch:    fast: a thread owns one word row of 8 columns and stores 16 bytes to a row (bf16);
+** Launch:    fast: a thread owns one word row of as many columns as make 16 bytes of a row of w;
 **            plain: 32 rows of one column, for forms with residuals, the original's roundings and
 **            shapes or addresses that 16 bytes do not fit.
 ** Cost:      4 bits to bf16: reads 0.5 bytes an element and writes 2; memory bound.
 */
 #include "mpq.cuh"
 
-enum { THREADS = 256, COLUMNS = 8 };
+enum { THREADS = 256 };
 
 /* ---- fast ---- */
 
-static __device__ __forceinline__ void store8(float *out, const float w[8]) {
+/* Neighbouring threads' stores of 16 bytes then fill whole sectors. */
+template <typename T>
+constexpr int columns_of = 16 / (int)sizeof(T);
+
+static __device__ __forceinline__ void store16(float *out, const float w[4]) {
   __stcs((float4 *)out, make_float4(w[0], w[1], w[2], w[3]));
-  __stcs((float4 *)out + 1, make_float4(w[4], w[5], w[6], w[7]));
 }
 static __device__ __forceinline__ uint32_t pair(__nv_bfloat16, float a, float b) {
   const __nv_bfloat162 two = __floats2bfloat162_rn(a, b);
@@ -25,23 +28,28 @@ static __device__ __forceinline__ uint32_t pair(__half, float a, float b) {
   return *(const uint32_t *)&two;
 }
 template <typename T>
-static __device__ __forceinline__ void store8(T *out, const float w[8]) {
+static __device__ __forceinline__ void store16(T *out, const float w[8]) {
   __stcs((uint4 *)out, make_uint4(pair(T{}, w[0], w[1]), pair(T{}, w[2], w[3]),
                                   pair(T{}, w[4], w[5]), pair(T{}, w[6], w[7])));
 }
 
 /* w of one word row; BITS 0: any width. LOOKUP: every row asks where it lies. */
 template <typename T, int BITS, bool ASYM, bool LOOKUP>
-static __global__ __launch_bounds__(THREADS) void mpq_dequantize8(
-    const __grid_constant__ qm_mpq_view q, T *w, qm_cuda_late *late, int64_t octets) {
+static __global__ __launch_bounds__(THREADS) void mpq_dequantize_fast(
+    const __grid_constant__ qm_mpq_view q, T *w, qm_cuda_late *late, int64_t pieces) {
+  constexpr int COLUMNS = columns_of<T>;
   const int32_t bits = BITS != 0 ? BITS : q.w_bit, rows = 32 / bits;
   const uint32_t mask = qm_mpq_mask(bits);
   const int64_t stride = (int64_t)gridDim.x * THREADS, across = q.n / COLUMNS;
-  for (int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x; i < octets; i += stride) {
+  for (int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x; i < pieces; i += stride) {
     const int64_t word_row = i / across, n = i % across * COLUMNS, first = word_row * rows;
     const uint4 *at = (const uint4 *)((const uint32_t *)q.data.data + word_row * q.n + n);
-    const uint4 low = __ldcs(at), high = __ldcs(at + 1);
-    uint32_t word[COLUMNS] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+    uint32_t word[COLUMNS];
+#pragma unroll
+    for (int j = 0; j < COLUMNS; j += 4) {
+      const uint4 four = __ldcs(at + j / 4);
+      word[j] = four.x, word[j + 1] = four.y, word[j + 2] = four.z, word[j + 3] = four.w;
+    }
     float scale[COLUMNS], zero[COLUMNS];
     if (!LOOKUP) qm_mpq_load_grid<COLUMNS, BITS>(q, first / q.group_size, n, scale, zero);
 #pragma unroll
@@ -60,7 +68,7 @@ static __global__ __launch_bounds__(THREADS) void mpq_dequantize8(
         value[j] = qm_mpq_decode(ASYM, code, scale[j], zero[j]);
         word[j] >>= bits;
       }
-      if (inside) store8(w + place.feature * q.n + n, value);
+      if (inside) store16(w + place.feature * q.n + n, value);
     }
   }
 }
@@ -100,15 +108,15 @@ static __global__ void mpq_dequantize(const __grid_constant__ qm_mpq_dequantize_
 /* ---- launch ---- */
 
 template <typename T, int BITS, bool ASYM>
-static void launch8(qm_cuda *cuda, const qm_mpq_dequantize_args *args) {
+static void launch_fast(qm_cuda *cuda, const qm_mpq_dequantize_args *args) {
   const qm_mpq_view &q = args->q;
-  const int64_t octets = q.k / 32 * q.w_bit * (q.n / COLUMNS);
+  const int64_t pieces = q.k / 32 * q.w_bit * (q.n / columns_of<T>);
   const bool lookup =
       q.g_idx.data != NULL || q.q_perm.data != NULL || q.group_size % (32 / q.w_bit) != 0;
   auto *kernel =
-      lookup ? mpq_dequantize8<T, BITS, ASYM, true> : mpq_dequantize8<T, BITS, ASYM, false>;
-  kernel<<<qm_blocks(cuda, octets, THREADS, 64), THREADS, 0, cuda->compute>>>(
-      q, (T *)args->w.data, cuda->late_device, octets);
+      lookup ? mpq_dequantize_fast<T, BITS, ASYM, true> : mpq_dequantize_fast<T, BITS, ASYM, false>;
+  kernel<<<qm_blocks(cuda, pieces, THREADS, 64), THREADS, 0, cuda->compute>>>(
+      q, (T *)args->w.data, cuda->late_device, pieces);
 }
 
 int32_t qm_cuda_mpq_dequantize(void *context, const qm_mpq_dequantize_args *args) {
@@ -117,14 +125,15 @@ int32_t qm_cuda_mpq_dequantize(void *context, const qm_mpq_dequantize_args *args
   const qm_mpq_span span = qm_mpq_span_of(&q);
   const bool codes_only =
       args->form == QM_DECODE_CODES || (args->form == QM_DECODE_RESIDUAL && span.bits == 0);
-  if (codes_only && qm_mpq_is_whole(q) && qm_mpq_grid_aligned(q, COLUMNS) &&
+  const int64_t columns = args->w.dtype == QM_F32 ? columns_of<float> : columns_of<__half>;
+  if (codes_only && qm_mpq_is_whole(q) && qm_mpq_grid_aligned(q, columns) &&
       qm_aligned(q.data.data, 16) && qm_aligned(args->w.data, 16)) {
     qm_with_float(args->w.dtype, [&](auto element) {
       using T = decltype(element);
       if (q.w_bit == 4)
-        q.asym ? launch8<T, 4, true>(cuda, args) : launch8<T, 4, false>(cuda, args);
+        q.asym ? launch_fast<T, 4, true>(cuda, args) : launch_fast<T, 4, false>(cuda, args);
       else
-        q.asym ? launch8<T, 0, true>(cuda, args) : launch8<T, 0, false>(cuda, args);
+        q.asym ? launch_fast<T, 0, true>(cuda, args) : launch_fast<T, 0, false>(cuda, args);
       return QM_OK;
     });
   } else {
