@@ -82,7 +82,7 @@ describe("A model's folder", function()
       testing.assert_close(logits(model), logits(load(folder, { linear = DENSE })), order, "logits of the decoded")
       local dense = model:save(folder .. "d", { format = "dense" })
       testing.assert_close(logits(model), logits(load(dense)), order, "logits of the dense folder")
-      assert.same({ 4, 32, false, "gptq" }, (function()
+      assert.same({ 4, 32, false, "gptq_v2" }, (function()
         local q = qm.files.read_json(folder .. "/quantize_config.json")
         return { q.bits, q.group_size, q.desc_act, q.checkpoint_format }
       end)())
@@ -138,6 +138,23 @@ describe("A model's folder", function()
     assert.equal(0, again.model.layers[1].mlp.up_proj.weight.zero_offset)
     assert.same({ "zero points are read as gptq_v2 has them, as the config says" }, again.notes)
     testing.assert_equal(logits(model), logits(load(again:save(folder .. "1"))), "logits")
+  end)
+
+  it("stores zero points minus one where that serves everybody, or nothing else can", function()
+    local model = fresh("llama", BASE)
+    qm.models.quantize(model, { method = "rtn", grid = "sym", group_size = 32 })
+    local function convention()
+      model:save(root .. "/convention", { overwrite = true })
+      testing.assert_equal(logits(model), logits(load(root .. "/convention")), "logits")
+      local how = qm.files.read_json(root .. "/convention/quantize_config.json")
+      return { how.checkpoint_format, how.sym }
+    end
+    assert.same({ "gptq", true }, convention())
+    local zeros = model.model.layers[1].mlp.up_proj.weight.zeros
+    zeros:fill(0x66666666)
+    assert.same({ "gptq_v2", false }, convention())
+    zeros:fill(-1) -- zero points of 16
+    assert.same({ "gptq", false }, convention())
   end)
 
   it("takes tokenizer files and settings of generation along", function()

@@ -63,13 +63,18 @@ local function exported_parts(name, entry, kind, options, list)
   end
 end
 
----How a GPTQ folder can hold the zero points: "gptq" where it can, for more programs read that.
+---How a GPTQ folder holds the zero points: "gptq" where all lie in the middle, for every program reads that;
+---else "gptq_v2", for GPTQModel trusts nobody's asymmetric "gptq" but its own, unless one is 2^bits.
 local function zero_convention(entries)
+  local convention = "gptq"
   for _, entry in ipairs(entries) do
     local q = entry.param
-    if q.asym and q.zero_offset == 0 and words.count_fields(q.zeros, q.w_bit)[0] > 0 then return "gptq_v2" end
+    if q.asym and not save_config.is_symmetric(q) then
+      if q.zero_offset == 1 and words.count_fields(q.zeros, q.w_bit)[2 ^ q.w_bit - 1] > 0 then return "gptq" end
+      convention = "gptq_v2"
+    end
   end
-  return "gptq"
+  return convention
 end
 
 ---The format that a model has already.
@@ -193,8 +198,8 @@ end
 ---@param options table|nil  { format = "auto" (dense, or what the quantized weights are), "dense", "gptq",
 ---   "awq", "exl2", "mbwq" or "mpq", dtype = as they are ("f32", "f16", "bf16": of dense tensors; what is
 ---   rounded loads back rounded), shard_bytes = 5e9, tokenizer = a folder to take its files from instead,
----   checkpoint_format = "gptq" or "gptq_v2" (of gptq; default the first where it can hold the zero
----   points), overwrite = false: a folder that is there already is refused, or replaced }
+---   checkpoint_format = "gptq" or "gptq_v2" (of gptq; default the first for symmetric weights, the second for
+---   others, as GPTQModel wants it), overwrite = false: a folder that is there already is refused, or replaced }
 ---@return string folder
 ---@raise naming the tensor that the format cannot hold, or the file that cannot be written
 function M.save(model, folder, options)

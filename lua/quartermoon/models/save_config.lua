@@ -94,7 +94,8 @@ end
 ---A path as a pattern that fits nothing else.
 local function pattern(path) return "^" .. path:gsub("%.", "\\.") .. "$" end
 
-local function is_symmetric(q)
+---Do all of a parameter's zero points lie in the middle of its codes?
+function M.is_symmetric(q)
   local counts = words.count_fields(q.zeros, q.w_bit)
   local fields = q.zeros:count() * 32 / q.w_bit
   return counts[2 ^ (q.w_bit - 1) - q.zero_offset] == fields
@@ -131,7 +132,7 @@ function M.gptq(entries, left_dense, checkpoint_format)
     if not is_of(q, common) then
       dynamic["+:" .. pattern(entry.path)] = { bits = q.w_bit, group_size = size_of(q) }
     end
-    sym, desc_act = sym and is_symmetric(q), desc_act or q.g_idx ~= nil
+    sym, desc_act = sym and M.is_symmetric(q), desc_act or q.g_idx ~= nil
     lm_head = lm_head or entry.path == "lm_head"
   end
   for _, path in ipairs(left_dense) do dynamic["-:" .. pattern(path)] = { bits = common.bits } end
