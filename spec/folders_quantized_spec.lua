@@ -137,6 +137,33 @@ describe("A folder in the format", function()
     testing.assert_equal(logits(model), logits(load(folder .. "2")), "logits of the plain folder")
   end)
 
+  it("GPTQ by GPTQModel has zero points of 0 that borrowed from their neighbours", function()
+    local folder = root .. "/borrowed"
+    local model = model_of(function(_, _, _, w)
+      local q = qm.QParam.quantize(w, { w_bit = 2, group_size = 32, zero_offset = 0 })
+      q.zeros:fill(0x1B1B1B1B) -- 0, 1, 2, 3 by turns
+      return q
+    end)
+    model:save(folder)
+    local parts = {}
+    qm.safetensors.with(folder .. "/model.safetensors", function(file)
+      for _, key in ipairs(file:names()) do
+        parts[key] = file:tensor(key)
+        if key:find("qzeros") then parts[key]:fill(0x1B1B1B1B - 0x55555555) end
+      end
+    end)
+    qm.safetensors.save(folder .. "/model.safetensors", parts)
+    local config = qm.files.read_json(folder .. "/config.json")
+    local how = config.quantization_config
+    how.checkpoint_format, how.format, how.meta = nil, "gptq", { quantizer = { "gptqmodel:7.7.0" } }
+    assert.is_false(how.sym)
+    qm.files.write_json(folder .. "/config.json", config)
+    testing.assert_equal(logits(model), logits(load(folder)), "logits")
+    how.meta = { quantizer = "other:1" }
+    qm.files.write_json(folder .. "/config.json", config)
+    assert.not_equal(logits(model):bytes(), logits(load(folder)):bytes())
+  end)
+
   it("AWQ has one size of groups, or is refused by tensor and sizes", function()
     local count = 0
     local model = model_of(function(_, _, _, w)

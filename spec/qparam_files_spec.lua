@@ -115,6 +115,12 @@ describe("GPTQ's tensors", function()
     refused("32 zero points are 16", function() top:export("gptq", { checkpoint_format = "gptq_v2" }) end)
     local wrapped = qm.QParam.import("gptq", copies(fields), { zero_points = "v1 wrapped" })
     assert.equal(0, mpq.zero_points(wrapped)[1][5])
+    -- 0 and 1 as GPTQModel stores them: 0x10 - 0x11111111 = 0xEEEEEEFF.
+    fields.qzeros:fill(-0x11111101)
+    local how = { checkpoint_format = "gptq", sym = false, made_by = "gptqmodel" }
+    local borrowed, note = qm.QParam.import("gptq", copies(fields), how)
+    assert.same({ 0, 1, 0, 0 }, { unpack(mpq.zero_points(borrowed)[1], 1, 4) })
+    assert.equal("zero points are read as GPTQModel stores asymmetric ones in gptq, minus one from whole words", note)
   end)
 
   it("name the tensor that does not fit", function()

@@ -45,13 +45,20 @@ local GPTQ_WIDTHS = { 1, 2, 3, 4, 8 }
 ---they are symmetric have one zero point, 2^(bits-1); where their fields are not what the config's
 ---convention makes of it but what the other one does, the fields are right.
 ---@param qzeros qm.Tensor
----@param o table  { checkpoint_format = "gptq" (default) or "gptq_v2", sym }
+---
+---GPTQModel takes the one from whole words: a zero point of 0, which only weights that are not symmetric have,
+---borrows from its neighbour ("v1 borrowed"). Of 3 bits, which no word holds evenly, it becomes 7 ("v1 wrapped").
+---@param o table  { checkpoint_format = "gptq" (default) or "gptq_v2", sym, made_by = "gptqmodel" or nil }
 ---@return string convention
 ---@return string note
 function M.zero_points(qzeros, bits, o)
   local said = o.checkpoint_format == "gptq_v2" and "v2" or "v1"
   local note = ("zero points are read as %s has them, %s"):format(said == "v2" and "gptq_v2" or "gptq",
     o.checkpoint_format and "as the config says" or "for the config does not say")
+  if o.sym == false and said == "v1" and o.made_by == "gptqmodel" then
+    return bits == 3 and "v1 wrapped" or "v1 borrowed", "zero points are read as GPTQModel stores asymmetric ones in "
+      .. "gptq, minus one from whole words"
+  end
   if o.sym == false or bits == 1 then return said, note end
   local counts, middle = words.count_fields(qzeros, bits), 2 ^ (bits - 1)
   local total = qzeros:count() * 32 / bits
@@ -83,10 +90,11 @@ local function read_gptq(name, fields, o)
   local group_size = group_size_of(name, o, k, fields.scales.shape[1])
   local convention, note = o.zero_points, "zero points are read as the caller says"
   if not convention then convention, note = M.zero_points(fields.qzeros, bits, o) end
-  check.one_of(name, "zero_points", convention, { "v1", "v2", "v1 wrapped" })
+  check.one_of(name, "zero_points", convention, { "v1", "v2", "v1 wrapped", "v1 borrowed" })
   local zeros = fields.qzeros
-  if convention == "v1 wrapped" then
-    zeros = words.shift_fields(zeros, bits, 1)
+  if convention == "v1 wrapped" or convention == "v1 borrowed" then
+    zeros = convention == "v1 wrapped" and words.shift_fields(zeros, bits, 1)
+      or words.add_to_words(zeros, (2 ^ 32 - 1) / (2 ^ bits - 1))
     fields.qzeros:free()
   end
   return { data = fields.qweight, scales = fields.scales, zeros = zeros, g_idx = unless_in_order(fields.g_idx,
@@ -309,8 +317,8 @@ format("mpq", { qweight = { "i32", 2, part = "data" }, scales = { "float", 2, op
 local FORMATS = { "gptq", "awq", "exl2", "mbwq", "mpq" }
 
 local IMPORT_OPTIONS = { bits = check.optional, group_size = check.optional, sym = check.optional,
-  checkpoint_format = check.optional, zero_points = check.optional, columns = check.optional, requires_grad = true,
-  grad_dtype = "f32", id = check.optional, name = check.optional }
+  checkpoint_format = check.optional, made_by = check.optional, zero_points = check.optional,
+  columns = check.optional, requires_grad = true, grad_dtype = "f32", id = check.optional, name = check.optional }
 
 local function fits(tensor, kind, dims)
   local type_fits = tensor.dtype == kind or kind == "float" and FLOAT[tensor.dtype]
@@ -338,10 +346,10 @@ end
 ---@param fields table<string, qm.Tensor>  by their names in the file, without the layer's; the parameter
 ---   owns them from now on, or they are released
 ---@param options table|nil  bits (of mbwq and mpq; of gptq checked, where given), group_size (-1: one group;
----   where it is not given, what the scales' rows say), sym and checkpoint_format = "gptq" or "gptq_v2"
----   (of gptq, as its config says), zero_points (of gptq: "v1", "v2", "v1 wrapped", which reads the field
----   2^bits - 1 as 0, instead of the choice that M.zero_points makes), columns (of exl2: what follows is
----   padding), requires_grad = true, grad_dtype = "f32", id, name
+---   where it is not given, what the scales' rows say), sym, checkpoint_format = "gptq" or "gptq_v2" and
+---   made_by = "gptqmodel" (of gptq, as its config says), zero_points (of gptq: "v1", "v2", "v1 wrapped", which
+---   reads the field 2^bits - 1 as 0, or "v1 borrowed", instead of the choice that M.zero_points makes),
+---   columns (of exl2: what follows is padding), requires_grad = true, grad_dtype = "f32", id, name
 ---@return qm.QParam q
 ---@return string|nil note  a choice that was made, in words
 ---@raise naming the file's tensor that does not fit

@@ -74,6 +74,14 @@ function M.shift_fields(packed, bits, delta)
   end)
 end
 
+---Words, each raised by `delta` as one number, so that fields carry into the next: a new tensor.
+function M.add_to_words(packed, delta)
+  local words, count = packed:host()
+  return M.build(packed.shape, "i32", packed.device, function(out)
+    for i = 0, count - 1 do out[i] = bit.tobit(words[i] + delta) end
+  end)
+end
+
 -- AWQ's order of nibbles in a word: column 8 c + j stands in bits 4 NIBBLE[j].
 local NIBBLE = ffi.new("const int32_t[8]", { 0, 4, 1, 5, 2, 6, 3, 7 })
 

@@ -25,10 +25,19 @@ local function grid_of(keys)
   return bits, size
 end
 
+---Is this program among those that "meta" says made the folder ("name:version", or a list of such)?
+local function made_by(keys, program)
+  local meta = keys:get("meta")
+  local made = type(meta) == "table" and meta.quantizer
+  for _, name in ipairs(type(made) == "table" and made or { made or nil }) do
+    if tostring(name):lower():match("^[^:]*") == program then return program end
+  end
+end
+
 local READERS = {
   gptq = function(keys)
     local format_key = keys:get("checkpoint_format") ~= nil and "checkpoint_format" or "format"
-    local o = { sym = keys:boolean("sym", true) }
+    local o = { sym = keys:boolean("sym", true), made_by = made_by(keys, "gptqmodel") }
     o.bits, o.group_size = grid_of(keys)
     keys:boolean("desc_act", false)
     if keys:get(format_key) ~= nil then
