@@ -57,18 +57,21 @@ describe("qm.models.gpt2", function()
       { step = 4e-3, tolerance = 1e-2 })
   end)
 
-  it("recomputes to the same loss and gradients", function()
-    local stored, recomputed = tiny(), tiny(nil, { dtype = "f32", linear = { kind = "dense" }, checkpoint = true })
-    local twins, losses = recomputed:parameters(), {}
-    for i, param in ipairs(stored:parameters()) do twins[i]:copy(param) end
-    for i, model in ipairs({ stored, recomputed }) do
-      local loss = model:loss(ids({ 1, 2, 3, 4 }), ids({ 2, 3, 4, 5 }))
-      losses[i] = loss:item()
-      loss:backward()
-    end
-    assert.equal(losses[1], losses[2])
-    for i, param in ipairs(stored:parameters()) do testing.assert_equal(param.grad, twins[i].grad, param.name) end
-  end)
+  for _, checkpoint in ipairs({ true, "selective" }) do
+    it("recomputes to the same loss and gradients: " .. tostring(checkpoint), function()
+      local stored, recomputed = tiny(), tiny(nil, { dtype = "f32", linear = { kind = "dense" },
+        checkpoint = checkpoint })
+      local twins, losses = recomputed:parameters(), {}
+      for i, param in ipairs(stored:parameters()) do twins[i]:copy(param) end
+      for i, model in ipairs({ stored, recomputed }) do
+        local loss = model:loss(ids({ 1, 2, 3, 4 }), ids({ 2, 3, 4, 5 }))
+        losses[i] = loss:item()
+        loss:backward()
+      end
+      assert.equal(losses[1], losses[2])
+      for i, param in ipairs(stored:parameters()) do testing.assert_equal(param.grad, twins[i].grad, param.name) end
+    end)
+  end
 
   it("generates with its cache what it would say without", function()
     local model = tiny({ initializer_range = 0.5 }, { dtype = "f32", linear = { kind = "dense" }, vocab_multiple = 16 })

@@ -78,19 +78,25 @@ describe("qm.models.llama", function()
     end)
   end
 
-  it("recomputes to the same loss and gradients", function()
-    local stored, recomputed = tiny(), tiny(nil, { dtype = "f32", linear = { kind = "dense" }, checkpoint = true })
-    local twins = recomputed:parameters()
-    for i, param in ipairs(stored:parameters()) do twins[i]:copy(param) end
-    local losses = {}
-    for i, model in ipairs({ stored, recomputed }) do
-      local loss = model:loss(ids({ 1, 2, 3, 4 }), ids({ 2, 3, 4, 5 }))
-      losses[i] = loss:item()
-      loss:backward()
-    end
-    assert.equal(losses[1], losses[2])
-    for i, param in ipairs(stored:parameters()) do testing.assert_equal(param.grad, twins[i].grad, param.name) end
-  end)
+  for _, checkpoint in ipairs({ true, "selective" }) do
+    it("recomputes to the same loss and gradients, holding less: " .. tostring(checkpoint), function()
+      local stored, recomputed = tiny(), tiny(nil, { dtype = "f32", linear = { kind = "dense" },
+        checkpoint = checkpoint })
+      local twins = recomputed:parameters()
+      for i, param in ipairs(stored:parameters()) do twins[i]:copy(param) end
+      local losses, held = {}, {}
+      for i, model in ipairs({ stored, recomputed }) do
+        local before = model.device:memory().live_bytes
+        local loss = model:loss(ids({ 1, 2, 3, 4 }), ids({ 2, 3, 4, 5 }))
+        held[i] = model.device:memory().live_bytes - before
+        losses[i] = loss:item()
+        loss:backward()
+      end
+      assert.equal(losses[1], losses[2])
+      assert.is_true(held[2] < held[1])
+      for i, param in ipairs(stored:parameters()) do testing.assert_equal(param.grad, twins[i].grad, param.name) end
+    end)
+  end
 
   it("rotates with scaled positions where its configuration says so", function()
     local model = tiny({ rope_scaling = { rope_type = "linear", factor = 2 } })

@@ -46,6 +46,7 @@ describe("training with the collector stopped", function()
 
   for what, options in pairs({
     ["with recomputation"] = { { linear = { w_bit = 4 }, checkpoint = true }, {} },
+    ["with selective recomputation"] = { { linear = { w_bit = 4 }, checkpoint = "selective" }, {} },
     ["with bf16 activations"] = { { linear = { w_bit = 4 }, dtype = "bf16" }, { moments = "bf16" } },
     ["with a residual and refits"] = { { linear = { w_bit = 2 } }, { grid = "refit", refit_every = 3 } },
     ["dense"] = { { linear = { kind = "dense" } }, { weight_decay = 0.1 } },

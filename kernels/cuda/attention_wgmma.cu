@@ -125,9 +125,6 @@ static __global__ void __launch_bounds__(forward_plan<D>::THREADS, 1)
 #pragma unroll
     for (int i = 0; i < KEYS / 16; i++) qm_weights_fragment<T>(weights[i], scores, i);
   };
-  const auto release = [&](uint64_t *barrier) {
-    if (lane == 0) qm_barrier_arrive(barrier);
-  };
 
   int32_t step = 0;
   for (uint32_t turn = 0;; turn++) {
@@ -159,36 +156,36 @@ static __global__ void __launch_bounds__(forward_plan<D>::THREADS, 1)
       score(step);
       qm_products_wait<0>();
       qm_pin(scores);
-      if (steps == 1) release(&q_empty);
+      if (steps == 1) qm_barrier_arrive_warp(&q_empty);
       weigh(0);
       pack();
       for (int32_t i = 1; i < steps; i++) {
-        release(&k_empty[step % STAGES]);
+        qm_barrier_arrive_warp(&k_empty[step % STAGES]);
         qm_pin(gathered);
         qm_products_begin();
         score(step + 1);
         gather(step);
         qm_products_wait<1>();
         qm_pin(scores);
-        if (i + 1 == steps) release(&q_empty);
+        if (i + 1 == steps) qm_barrier_arrive_warp(&q_empty);
         weigh(i);
         qm_products_wait<0>();
         qm_pin(gathered);
-        release(&v_empty[step % STAGES]);
+        qm_barrier_arrive_warp(&v_empty[step % STAGES]);
         qm_scale_rows(gathered, keep);
         pack();
         step++;
       }
-      release(&k_empty[step % STAGES]);
+      qm_barrier_arrive_warp(&k_empty[step % STAGES]);
       qm_pin(gathered);
       qm_products_begin();
       gather(step);
       qm_products_wait<0>();
       qm_pin(gathered);
-      release(&v_empty[step % STAGES]);
+      qm_barrier_arrive_warp(&v_empty[step % STAGES]);
       step++;
     } else {
-      release(&q_empty);
+      qm_barrier_arrive_warp(&q_empty);
     }
     const int32_t mine = tile.row + warp_row, head = tile.head, end = tile.span.q_end;
     float factor[2];

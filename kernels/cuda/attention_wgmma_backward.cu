@@ -197,7 +197,7 @@ static __global__ void __launch_bounds__(THREADS, 1)
         slope();
         qm_products_wait<0>();
         qm_pin(dq);
-        if (lane == 0) qm_barrier_arrive(&empty[before]);
+        qm_barrier_arrive_warp(&empty[before]);
         pack();
       }
       const int32_t stage = step++ % STAGES;
@@ -206,9 +206,9 @@ static __global__ void __launch_bounds__(THREADS, 1)
       gather(stage);
       qm_products_wait<0>();
       qm_pin(dq);
-      if (lane == 0) qm_barrier_arrive(&empty[stage]);
+      qm_barrier_arrive_warp(&empty[stage]);
     }
-    if (lane == 0) qm_barrier_arrive(&kept_empty);
+    qm_barrier_arrive_warp(&kept_empty);
     const int32_t mine = tile.row + warp_row;
     qm_store_rows(x.dq + mine * shape.stride_q + (int64_t)tile.head * D, shape.stride_q,
                   tile.span.q_end - mine, dq, {shape.scale, shape.scale});

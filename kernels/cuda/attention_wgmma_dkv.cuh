@@ -139,7 +139,7 @@ static __global__ void __launch_bounds__(THREADS, 1)
     if constexpr (plan::ROOM) {
       qm_tile_fragments<D, KEPT>(held_keys, tile_k, warp_row);
       qm_tile_fragments<D, KEPT>(held_values, tile_v, warp_row);
-      if (lane == 0) qm_barrier_arrive(&kept_empty);
+      qm_barrier_arrive_warp(&kept_empty);
     }
     float dk[D / 8][4] = {}, dv[D / 8][4] = {};
     int32_t query = tile.first;
@@ -207,7 +207,7 @@ static __global__ void __launch_bounds__(THREADS, 1)
       qm_products_wait<0>();
       qm_pin(dv);
       qm_pin(dk);
-      if (lane == 0) qm_barrier_arrive(&empty[stage]);
+      qm_barrier_arrive_warp(&empty[stage]);
     };
     const auto begin = [&](int32_t stage) {
       qm_products_begin();
@@ -239,7 +239,7 @@ static __global__ void __launch_bounds__(THREADS, 1)
         qm_products_wait<0>();
         qm_pin(dv);
         qm_pin(dk);
-        if (lane == 0) qm_barrier_arrive(&empty[before]);
+        qm_barrier_arrive_warp(&empty[before]);
         pack();
       }
       finish(step++ % STAGES);
@@ -249,7 +249,7 @@ static __global__ void __launch_bounds__(THREADS, 1)
         finish(step % STAGES);
       }
     }
-    if (!plan::ROOM && lane == 0) qm_barrier_arrive(&kept_empty);
+    if (!plan::ROOM) qm_barrier_arrive_warp(&kept_empty);
     const int32_t mine = tile.row + warp_row, there = tile.span.k_end - mine;
     const int64_t head_at = (int64_t)tile.head * D;
     qm_store_rows(x.dk + mine * shape.stride_k + head_at, shape.stride_k, there, dk,

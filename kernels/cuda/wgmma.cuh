@@ -155,6 +155,11 @@ static __device__ __forceinline__ void qm_barrier_arrive(uint64_t *barrier) {
                    (uint32_t)__cvta_generic_to_shared(barrier))
                : "memory");
 }
+/* Arrive for a warp whose lanes are all done with what they read. */
+static __device__ __forceinline__ void qm_barrier_arrive_warp(uint64_t *barrier) {
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) qm_barrier_arrive(barrier);
+}
 /* Arrive, and let the barrier wait for so many bytes of copies too. */
 static __device__ __forceinline__ void qm_barrier_expect(uint64_t *barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(

@@ -140,6 +140,22 @@ local function pass_on(node, grads, ...)
   end
 end
 
+---Release an operation's output now and run `body(...)` again when backward() comes to who used it: for what is
+---cheap beside its memory and comes from tensors that stay anyway.
+---@param tensor qm.Tensor  nothing forward reads it any more
+---@param body function     its operation, which gives the same again
+function M.forget(tensor, body, ...)
+  if not (enabled and tensor.node) then return end
+  tensor.again = { body, ... }
+  tensor:free()
+end
+
+local function remember(tensor)
+  local again = tensor.again
+  tensor.again = nil
+  tensors.revive(tensor, again[1](unpack(again, 2)))
+end
+
 ---Run one node's gradient and release what it kept. `roots` are spared.
 local function run_node(node, grads, roots)
   local douts, any = {}, false
@@ -149,6 +165,9 @@ local function run_node(node, grads, roots)
     any = any or douts[i] ~= nil
   end
   if any then
+    for _, input in ipairs(node.inputs) do
+      if input and input.again then remember(input) end
+    end
     pass_on(node, grads, node.backward(unpack(douts, 1, #node.outputs)))
     if next(unwritten) then unwritten = {} end
   end

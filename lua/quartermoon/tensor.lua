@@ -284,6 +284,13 @@ function Tensor:free()
   if self.casts then casts.free(self) end
 end
 
+---Go on with another tensor's memory, of the same shape and type, in place of what was freed.
+---@param other qm.Tensor  freed by this
+function M.revive(tensor, other)
+  tensor.storage, tensor.desc.storage, tensor.desc.offset_bytes = other.storage, other.storage, other.desc.offset_bytes
+  other.storage, other.desc.storage = nil, nil
+end
+
 ---How many tensors share this memory.
 function Tensor:references() return lib.qm_storage_references(self:alive("references").storage) end
 

@@ -17,7 +17,7 @@ local o = qm.options.parse(arg, training.declare("scripts/bench/gpt2.lua", "Time
 
 qm.seed(1)
 local model = qm.models.gpt2.new({ vocab_size = o.vocab, n_embd = o.width, n_layer = o.layers, n_head = o.width / 64,
-  n_positions = o.context }, { dtype = o.dtype, linear = { kind = "dense" }, checkpoint = o.checkpoint,
+  n_positions = o.context }, { dtype = o.dtype, linear = { kind = "dense" }, checkpoint = training.checkpoint(o),
   vocab_multiple = 128 })
 local head = model.tied_weight:count()
 print(("%d weights"):format(model:parameter_count()))

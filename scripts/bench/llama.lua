@@ -5,7 +5,7 @@
 --
 -- Targets, one H200, the defaults (1.1B): dense 85k tokens/s; 4-bit 0.95 of that in half of 26 GiB, for which
 -- moments and gradients must be small and the batch be taken in parts:
---   ... llama.lua --linear mpq --moments bf16 --grad bf16 --parts 4
+--   ... llama.lua --linear mpq --moments bf16 --grad bf16 --parts 4 --recompute selective
 
 local qm = require("quartermoon")
 local training = dofile("scripts/bench/training.lua")
@@ -30,7 +30,7 @@ local function run(kind)
     or { kind = kind, w_bit = o.w_bit, group_size = o.group_size, grad_dtype = o.grad }
   local model = qm.models.llama.new({ vocab_size = o.vocab, hidden_size = o.width, intermediate_size = o.inner,
     num_hidden_layers = o.layers, num_attention_heads = o.width / 64, num_key_value_heads = o.kv_heads,
-    max_position_embeddings = o.context }, { dtype = o.dtype, linear = linear, checkpoint = o.checkpoint })
+    max_position_embeddings = o.context }, { dtype = o.dtype, linear = linear, checkpoint = training.checkpoint(o) })
   local head = o.vocab * o.width
   print(("%s: %d weights"):format(kind, model:parameter_count()))
   local result = training.run(model, { name = kind, batch = o.batch, context = o.context, vocab_size = o.vocab,

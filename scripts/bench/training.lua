@@ -10,7 +10,7 @@ M.OPTIONS = {
   { "dtype", "auto", "type of the activations", choices = { "auto", "f32", "bf16" } },
   { "moments", "f32", "type of the optimizer's moments", choices = { "f32", "bf16" } },
   { "parts", 1, "parts of a batch, one behind the other, whose gradients add up", min = 1 },
-  { "checkpoint", false, "recompute blocks in backward" },
+  { "recompute", "nothing", "in backward", choices = { "nothing", "selective", "blocks" } },
   { "eager", false, "run every step from Lua, without a graph" },
   { "profile", false, "time each operation of one eager step as well" },
 }
@@ -22,6 +22,9 @@ function M.declare(name, about, options)
   for _, option in ipairs(M.OPTIONS) do declaration[#declaration + 1] = option end
   return declaration
 end
+
+---The model's option for what is recomputed.
+function M.checkpoint(o) return o.recompute == "blocks" or o.recompute == "selective" and o.recompute end
 
 ---Random tokens, and behind each the next one.
 local function batches(count, rows, vocab_size)

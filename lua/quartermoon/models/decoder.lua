@@ -37,20 +37,22 @@ M.OPTIONS = { dtype = "auto", linear = { kind = "mpq" }, checkpoint = false, dev
 
 ---A new model without its layers.
 ---@param options table  checked, of OPTIONS
----@return qm.models.Decoder self, function linear, table more  the layers' factory, { device, generator }
+---@return qm.models.Decoder self, function linear, table more  the layers' factory, { device, generator,
+---   recompute = the option checkpoint }
 function M.begin(name, class, config, options)
   check.one_of(name, "dtype", options.dtype, { "auto", "f32", "bf16" })
   check.type(name, "linear", options.linear, "table")
+  check.one_of(name, "checkpoint", options.checkpoint, { false, true, "selective" })
   local self = nn.create(class)
   self.device = devices.resolve(name, options.device)
-  self.config, self.recompute = config, options.checkpoint
+  self.config, self.recompute = config, options.checkpoint == true
   self.dtype = options.dtype ~= "auto" and options.dtype or self.device:info().fast_bf16 and "bf16" or "f32"
   self.linear_options = options.linear
   self.rows_fresh, self.rows_old, self.rows_count = {}, {}, 0
   local rest = {}
   for key, value in pairs(options.linear) do if key ~= "kind" then rest[key] = value end end
   local linear = nn.linear_factory(options.linear.kind or "mpq", rest)
-  return self, linear, { device = self.device, generator = options.generator }
+  return self, linear, { device = self.device, generator = options.generator, recompute = options.checkpoint }
 end
 
 ---Where sequences begin and each row's position, on the model's device.

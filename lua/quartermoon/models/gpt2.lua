@@ -8,6 +8,7 @@
 ---
 ---Source: Radford et al., Language Models are Unsupervised Multitask Learners, 2019.
 
+local autograd = require("quartermoon.autograd")
 local check = require("quartermoon.check")
 local decoder = require("quartermoon.models.decoder")
 local nn = require("quartermoon.nn")
@@ -74,27 +75,34 @@ end
 
 local MLP = nn.class("GPT2MLP")
 
-local function new_mlp(config, layer)
+local function new_mlp(config, layer, recompute)
   local self = nn.create(MLP)
+  self.recompute = recompute
   self.form = ACTIVATIONS[config.activation_function]
   self:register("c_fc", layer(config.n_embd, config.n_inner))
   self:register("c_proj", layer(config.n_inner, config.n_embd, true))
   return self
 end
 
-function MLP:forward(x) return self.c_proj(qm.gelu(self.c_fc(x), self.form)) end
+function MLP:forward(x)
+  local fc = self.c_fc(x)
+  local inner = qm.gelu(fc, self.form)
+  local out = self.c_proj(inner)
+  if self.recompute then autograd.forget(inner, qm.gelu, fc, self.form) end
+  return out
+end
 
 ---------------------------------------------------------------------------------------------------
 
 ---One pre-norm layer; as nn.Block it leaves adding to the residual stream to the next normalisation.
 local Block = nn.class("GPT2Block")
 
-local function new_block(config, layer, norm, index)
+local function new_block(config, layer, norm, index, recompute)
   local self = nn.create(Block)
   self:register("ln_1", norm())
   self:register("attn", new_attention(config, layer, index))
   self:register("ln_2", norm())
-  self:register("mlp", new_mlp(config, layer))
+  self:register("mlp", new_mlp(config, layer, recompute))
   return self
 end
 
@@ -126,7 +134,7 @@ local function new_transformer(config, vocab_rows, linear, activations, more)
   self:register("wte", table_of(vocab_rows))
   self:register("wpe", table_of(config.n_positions))
   local blocks = self:register("h", nn.List.new())
-  for i = 1, config.n_layer do blocks:append(new_block(config, layer, norm, i)) end
+  for i = 1, config.n_layer do blocks:append(new_block(config, layer, norm, i, more.recompute == "selective")) end
   self:register("ln_f", norm())
   return self
 end
@@ -138,9 +146,10 @@ end
 ---   scale_attn_weights = true, scale_attn_by_inverse_layer_idx = false
 ---@param options table|nil  { dtype = "auto" ("f32", "bf16": of activations; auto: bf16 where the device
 ---   is fast at it), linear = { kind = "mpq", w_bit = 4, group_size = 64, ... } or { kind = "dense" },
----   checkpoint = false (true: blocks recompute in backward instead of storing), vocab_multiple = 1 (the
----   embedding's rows are rounded up to a multiple of it, for matrix products like round numbers; rows
----   of no token take part in the loss's softmax, and training turns them away), device, generator }
+---   checkpoint = false (true: blocks recompute in backward instead of storing; "selective": only what costs
+---   next to nothing, GELU), vocab_multiple = 1 (the embedding's rows are rounded up to a multiple of it, for
+---   matrix products like round numbers; rows of no token take part in the loss's softmax, and training turns
+---   them away), device, generator }
 ---@return qm.models.GPT2
 function M.new(config, options)
   local name = "qm.models.gpt2.new"

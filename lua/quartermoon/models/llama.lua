@@ -69,7 +69,8 @@ local function new_decoder(config, linear, activations, more)
         bias = config.attention_bias, output_bias = config.output_bias, qk_norm = config.qk_norm,
         eps = config.rms_norm_eps, window = window_of(config, i), device = more.device, generator = more.generator },
       mlp = { hidden_size = config.hidden_size, intermediate_size = config.intermediate_size, linear = linear,
-        bias = config.mlp_bias, device = more.device, generator = more.generator } }))
+        bias = config.mlp_bias, recompute = more.recompute == "selective", device = more.device,
+        generator = more.generator } }))
   end
   self:register("norm", nn.RMSNorm.new(config.hidden_size, { eps = config.rms_norm_eps, device = more.device }))
   return self
@@ -85,8 +86,9 @@ end
 ---   gradient), initializer_range = 0.02
 ---@param options table|nil  { dtype = "auto" ("f32", "bf16": of activations; auto: bf16 where the device
 ---   is fast at it), linear = { kind = "mpq", w_bit = 4, group_size = 64, ... } or { kind = "dense" },
----   checkpoint = false (true: blocks recompute in backward instead of storing), positions =
----   max_position_embeddings (fewer spare memory: their rotations are kept), device, generator }
+---   checkpoint = false (true: blocks recompute in backward instead of storing; "selective": only what costs
+---   next to nothing, the products within feed-forward layers), positions = max_position_embeddings
+---   (fewer spare memory: their rotations are kept), device, generator }
 ---@return qm.models.Llama
 function M.new(config, options)
   local name = "qm.models.llama.new"

@@ -1,6 +1,7 @@
 ---The parts of a decoder: Attention, SwiGLU, Block. Activations are flat: one row for each token of all
 ---sequences, which the context tells apart.
 
+local autograd = require("quartermoon.autograd")
 local check = require("quartermoon.check")
 local layers = require("quartermoon.nn.layers")
 local module = require("quartermoon.nn.module")
@@ -158,12 +159,13 @@ local SwiGLU = module.class("SwiGLU")
 M.SwiGLU = SwiGLU
 
 ---@param options table  { hidden_size, intermediate_size, linear = a qm.nn.linear_factory, bias = false,
----   device, generator }
+---   recompute = false (true: the product of gate and up is made again in backward), device, generator }
 function SwiGLU.new(options)
   local name = "qm.nn.SwiGLU"
   options = check.options(name, options, { hidden_size = check.required, intermediate_size = check.required,
-    linear = check.required, bias = false, device = check.optional, generator = check.optional })
+    linear = check.required, bias = false, recompute = false, device = check.optional, generator = check.optional })
   local self = module.create(SwiGLU)
+  self.recompute = check.type(name, "recompute", options.recompute, "boolean")
   check.type(name, "linear", options.linear, "function")
   local hidden, inner = options.hidden_size, options.intermediate_size
   local more = { bias = options.bias, device = options.device, generator = options.generator }
@@ -175,7 +177,13 @@ end
 
 ---@param x qm.Tensor  float [R, hidden_size]
 ---@return qm.Tensor   the same
-function SwiGLU:forward(x) return self.down_proj(qm.swiglu(self.gate_proj(x), self.up_proj(x))) end
+function SwiGLU:forward(x)
+  local gate, up = self.gate_proj(x), self.up_proj(x)
+  local inner = qm.swiglu(gate, up)
+  local out = self.down_proj(inner)
+  if self.recompute then autograd.forget(inner, qm.swiglu, gate, up) end
+  return out
+end
 
 ---------------------------------------------------------------------------------------------------
 
