@@ -182,11 +182,13 @@ cudaError_t cudaMemcpyAsync(void *out, const void *x, size_t size_bytes, cudaMem
   if (ordinary) drain(stream);
   return answer();
 }
+cudaError_t cudaMemset(void *out, int value, size_t size_bytes) {
+  if (!within(device_memory, out, size_bytes)) die("memory is set where it must not be");
+  memset(out, value, size_bytes);
+  return answer();
+}
 cudaError_t cudaMemsetAsync(void *out, int value, size_t size_bytes, cudaStream_t stream) {
-  runtime_queue(stream, [=] {
-    if (!within(device_memory, out, size_bytes)) die("memory is set where it must not be");
-    memset(out, value, size_bytes);
-  });
+  runtime_queue(stream, [=] { cudaMemset(out, value, size_bytes); });
   return answer();
 }
 cudaError_t cudaMemcpyPeerAsync(void *out, int, const void *x, int, size_t size_bytes,

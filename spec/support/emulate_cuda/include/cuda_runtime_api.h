@@ -77,6 +77,7 @@ cudaError_t cudaHostGetDevicePointer(void **out, void *host, unsigned flags);
 cudaError_t cudaMemGetInfo(size_t *free_bytes, size_t *total_bytes);
 cudaError_t cudaMemcpyAsync(void *out, const void *x, size_t size_bytes, cudaMemcpyKind kind,
                             cudaStream_t stream);
+cudaError_t cudaMemset(void *out, int value, size_t size_bytes);
 cudaError_t cudaMemsetAsync(void *out, int value, size_t size_bytes, cudaStream_t stream);
 cudaError_t cudaMemcpyPeerAsync(void *out, int to, const void *x, int from, size_t size_bytes,
                                 cudaStream_t stream);
