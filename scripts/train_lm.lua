@@ -136,7 +136,8 @@ local curve, reason = qm.plot.curves(o.out .. "/loss.png", progress:curves(),
 local function row(name, format, ...) print(("%-34s " .. format):format(name, ...)) end
 row("validation loss, nats/character", "%.4f", validation or evaluate())
 row("parameters", "%d", model:parameter_count())
-row("bits per weight in the blocks", "%.2f", model.model.layers:bits_per_weight())
+local quantized, all = model.model.layers:bits_per_weight()
+row("bits per weight in the blocks", "%.2f", quantized or all)
 row("weights, MiB", "%.2f", model:weight_bytes() / 2 ^ 20)
 row("optimizer state, MiB", "%.2f", optim:state_bytes() / 2 ^ 20)
 row("peak memory of tensors, MiB", "%.1f", qm.default_device():memory().peak_bytes / 2 ^ 20)
