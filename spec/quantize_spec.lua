@@ -69,7 +69,8 @@ describe("qm.models.quantize", function()
     assert.error_matches(function() qm.models.quantize(model, { method = "awq" }) end, "one of 'gptq', 'rtn'", 1, true)
     assert.error_matches(function() qm.models.quantize(3) end, "'model': expected a model", 1, true)
     assert.error_matches(function() qm.models.quantize(model, { group_size = 33, method = "rtn" }) end,
-      "'group_size': expected a multiple of 32", 1, true)
+      "qm.models.quantize: model.layers.0.self_attn.q_proj: qm.gptq.quantize: argument 'group_size': expected a "
+        .. "multiple of 32", 1, true)
     -- What fails on the way leaves the layers callable.
     qm.no_grad(model.logits, model, batches(1)[1][1])
   end)

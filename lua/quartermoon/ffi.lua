@@ -76,7 +76,10 @@ function M.raise(message)
     local info = debug.getinfo(level, "Sl")
     if not info then break end
     if info.what ~= "C" and info.source:sub(2, #here + 1) ~= here then
-      error(("%s:%d: %s"):format(info.short_src, info.currentline, message), 0)
+      local position = ("%s:%d: "):format(info.short_src, info.currentline)
+      local from, to = message:find(position, 1, true) -- what was raised further inside has it already
+      if from then message = message:sub(1, from - 1) .. message:sub(to + 1) end
+      error(position .. message, 0)
     end
     level = level + 1
   end

@@ -14,6 +14,7 @@ local gptq = require("quartermoon.gptq")
 local module = require("quartermoon.nn.module")
 local nn = require("quartermoon.nn")
 local qm = require("quartermoon")
+local raise = require("quartermoon.ffi").raise
 
 local M = {}
 
@@ -112,7 +113,8 @@ local function replace(entry, hessian, options, report, on_layer)
   local own = {}
   for key, value in pairs(options) do own[key] = value end
   own.method, own.name = nil, entry.name
-  local q, line = gptq.quantize(dense.weight, options.method == "gptq" and hessian or nil, own)
+  local ok, q, line = pcall(gptq.quantize, dense.weight, options.method == "gptq" and hessian or nil, own)
+  if not ok then raise(("qm.models.quantize: %s: %s"):format(entry.name, tostring(q))) end
   if hessian and not line.output then line.output = gptq.error_of(dense.weight, q, hessian).output end
   line.name, line.shape = entry.name, dense.weight.shape
   entry.parent:register(entry.key, nn.QLinear.from(q, dense.bias))
