@@ -23,15 +23,11 @@ local o = qm.options.parse(arg, {
 })
 local function given(word) return word ~= "" and word or nil end
 
-local config, dtype = qm.files.read_json(o.dir .. "/config.json"), o.dtype
-if dtype == "auto" then
-  local published = type(config) == "table" and (config.dtype or config.torch_dtype)
-  dtype = ({ float32 = "f32", float16 = "f16", bfloat16 = "bf16" })[published] or "f32"
-end
-local model = qm.models.load(o.dir, { device = "cpu", positions = 1, weights = dtype == "bf16" and "bf16" or nil })
+local model = qm.models.load(o.dir, { device = "cpu", positions = 1, weights = "auto" })
 local tokenizer = given(o.tokenizer)
 if o.no_tokenizer then tokenizer = false end
-local report = qm.gguf.export(model, o.file, { otherwise = o.otherwise, dtype = dtype, tokenizer = tokenizer,
+local report = qm.gguf.export(model, o.file, { otherwise = o.otherwise,
+  dtype = o.dtype ~= "auto" and o.dtype or model.stored_dtype or "f32", tokenizer = tokenizer,
   pre = given(o.pre), name = given(o.name) })
 
 local counts, names = {}, {}

@@ -157,7 +157,7 @@ local function build(load, config, options)
   end
   load.source:refuse_unused(load.name, harmless(model, load.source))
   model.family, model.folder, model.published = config.family, load.source.folder, config.values
-  model.generation_config = config.generation
+  model.generation_config, model.stored_dtype = config.generation, config.dtype
   return model
 end
 
@@ -167,23 +167,27 @@ end
 ---@param options table|nil  { device = default, dtype = "auto" ("f32", "bf16": of activations),
 ---   linear = as the folder has its linear layers (quantized ones stay so); or { kind = "dense" }, or
 ---   { kind = "mpq", w_bit = 4, group_size = 64, ... } to quantize while reading,
----   weights = "f32" or "bf16" (of dense matrices; default f32), checkpoint = false,
+---   weights = "f32", "bf16" or "auto" (of dense matrices; default f32; auto: bf16 of a folder of bf16),
+---   checkpoint = false,
 ---   positions = as many as config.json says (fewer spare memory), on_note = function(text): is told what
 ---   was decided where config and data left a choice; default: standard error is }
----@return qm.models.Decoder model  with family, generation_config (eos_token_id a list ...) and
----   published, config.json's values; notes: what was decided while reading
+---@return qm.models.Decoder model  with family, generation_config (eos_token_id a list ...), published,
+---   config.json's values, and stored_dtype, "f32", "f16", "bf16" or nil, as these say; notes: what was decided
+---   while reading
 ---@raise naming file, tensor or key, and the reason
 function M.load(folder, options)
   local name = "qm.models.load"
   check.type(name, "folder", folder, "string")
   options = check.options(name, options, OPTIONS)
-  if options.weights then check.one_of(name, "weights", options.weights, { "f32", "bf16" }) end
+  if options.weights then check.one_of(name, "weights", options.weights, { "f32", "bf16", "auto" }) end
   local say = options.on_note or function(note) io.stderr:write(folder, ": ", note, "\n") end
   check.type(name, "on_note", say, "function")
   folder = folder:match("^(.-)/*$")
   local config = configs.read(name, folder)
+  local kept = options.weights
+  if kept == "auto" then kept = config.dtype == "bf16" and "bf16" or "f32" end
   local load = { name = name, device = devices.resolve(name, options.device), linear = options.linear,
-    weights = options.weights, notes = {}, quantized_count = 0,
+    weights = kept, notes = {}, quantized_count = 0,
     quantization = quantized.read(config.quantization, quant_strategy.read(name, folder)) }
   load.source = weights.open(name, folder)
   local ok, model = pcall(qm.no_grad, build, load, config, options)
