@@ -193,6 +193,9 @@ end
 ---Write a folder: config.json, model.safetensors (shards and their index above a size), and the tokenizer's
 ---files from the folder that the model came from. It is complete or not there at all.
 ---
+---Of a GPTQ folder, layers that have another width or group size than most, or none, are exceptions by name in
+---the configuration's `dynamic`: GPTQModel and vLLM know such, transformers does not.
+---
 ---@param model qm.models.Decoder
 ---@param folder string
 ---@param options table|nil  { format = "auto" (dense, or what the quantized weights are), "dense", "gptq",
