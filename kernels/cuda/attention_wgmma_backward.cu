@@ -57,7 +57,7 @@ static __global__ void __launch_bounds__(THREADS, 1)
   extern __shared__ char unaligned[];
   char *const tile_q = qm_align_tile(unaligned), *const tile_d = tile_q + plan::KEPT_BYTES;
   char *const tile_k = tile_d + plan::KEPT_BYTES, *const tile_v = tile_k + STAGES * BYTES;
-  __shared__ kept_tile tiles_at_work[2];
+  __shared__ kept_tile next, tiles_at_work[2];
   __shared__ uint64_t kept_full, kept_empty, full[STAGES], empty[STAGES];
 
   if (threadIdx.x == 0) {
@@ -76,6 +76,7 @@ static __global__ void __launch_bounds__(THREADS, 1)
     if (threadIdx.x >= 32) return;
     int32_t step = 0; /* over all tiles */
     for (uint32_t turn = 0;; turn++) {
+      kept_tile &slot = tiles_at_work[turn % 2];
       kept_tile tile;
       tile.steps = -1;
       while (tile.steps < 0) {
@@ -83,20 +84,21 @@ static __global__ void __launch_bounds__(THREADS, 1)
         if (item >= tiles * (uint32_t)shape.heads) break;
         locate_queries<KEYS>(shape, item, tiles, &tile);
       }
-      const bool found = tile.steps >= 0;
+      if (threadIdx.x == 0) next = tile; /* out of the registers, which are short */
       qm_barrier_wait(&kept_empty, turn % 2 ^ 1);
+      hand_over(&slot, &next);
+      const bool found = slot.steps >= 0;
       if (threadIdx.x == 0) {
-        tiles_at_work[turn % 2] = tile;
         qm_barrier_expect(&kept_full, found ? 2 * plan::KEPT_BYTES : 0);
         if (found) {
-          qm_copy_rows<D, KEPT>(tile_q, &from.q, tile.head, tile.row, &kept_full);
-          qm_copy_rows<D, KEPT>(tile_d, &from.dout, tile.head, tile.row, &kept_full);
+          qm_copy_rows<D, KEPT>(tile_q, &from.q, slot.head, slot.row, &kept_full);
+          qm_copy_rows<D, KEPT>(tile_d, &from.dout, slot.head, slot.row, &kept_full);
         }
       }
       if (!found) break;
-      const int32_t kv_head = tile.head / (shape.heads / shape.kv_heads);
-      int32_t key = tile.first;
-      for (const int32_t end = step + tile.steps; step < end; step++, key += KEYS) {
+      const int32_t kv_head = slot.head / (shape.heads / shape.kv_heads);
+      int32_t key = slot.first;
+      for (const int32_t end = step + slot.steps; step < end; step++, key += KEYS) {
         const int32_t stage = step % STAGES;
         qm_barrier_wait(&empty[stage], step / STAGES % 2 ^ 1);
         if (threadIdx.x != 0) continue;

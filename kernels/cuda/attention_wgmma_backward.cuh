@@ -40,6 +40,16 @@ struct kept_tile {
   int32_t open, close;       /* all rows of the tile meet those from open up to close */
 };
 
+/* Copy a tile's numbers, a lane to each: all lanes of the one warp that fetches. */
+static __device__ __forceinline__ void hand_over(kept_tile *to, const kept_tile *from) {
+  constexpr int WORDS = sizeof(kept_tile) / sizeof(int32_t);
+  static_assert(WORDS <= 32, "a lane to each number");
+  __syncwarp();
+  if (threadIdx.x % 32 < WORDS)
+    ((int32_t *)to)[threadIdx.x % 32] = ((const int32_t *)from)[threadIdx.x % 32];
+  __syncwarp();
+}
+
 /* Where a weight is 0 the slope is too, whatever the rows of others hold. */
 template <int COLUMNS>
 static __device__ __forceinline__ void qm_hide_slopes(float (&slopes)[COLUMNS][4],
