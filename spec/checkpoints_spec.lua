@@ -162,6 +162,17 @@ describe("qm.checkpoints", function()
     end)
   end)
 
+  it("names the file where a list of groups is none", function()
+    with_folder(function(folder)
+      local path = new_run({ kind = "mpq" }):save(folder, 1)
+      local state = files.read_json(path .. "/state.json")
+      for _, saved in pairs(state.quantized) do saved.q_groups = { { 1 }, true } end
+      files.write_json(path .. "/state.json", state)
+      assert.error_matches(function() new_run({ kind = "mpq" }):load(path) end,
+        "/state%.json: argument '[^']*%.q_groups': expected nil, got string 'table")
+    end)
+  end)
+
   it("changes nothing where the model fits and the optimizer does not", function()
     for _, kind in ipairs({ "dense", "mpq" }) do
       with_folder(function(folder)
@@ -214,11 +225,17 @@ describe("qm.checkpoints", function()
       assert.error_matches(function() run:load(path) end, "expected a state of %d+ parameters, got number 1")
       files.write(path .. "/state.json", '{"format": 1, "step": 1, "quantized": 7}')
       assert.error_matches(function() run:load(path) end,
-        "qm.checkpoints.load: argument 'state.json, quantized': expected a table, got number 7", 1, true)
+        "qm.checkpoints.load: " .. path .. "/state.json: argument 'quantized': expected a table, got number 7", 1, true)
       assert.equal(live, qm.handles_live()) -- what was read of the file is released
       collectgarbage("restart")
       files.write(path .. "/state.json", '{"format": 1, "step": -3}')
       assert.error_matches(function() run:load(path) end, "argument 'step': expected an integer of at least 0", 1, true)
+      local other_numbers = { '{"format": [1], "step": 1}', '[]', '"x"', '{"format": 1, "step": 1, "optim": 3}',
+        '{"format": 1, "step": 1, "optim": {"slots": {}}}' }
+      for _, text in ipairs(other_numbers) do
+        files.write(path .. "/state.json", text)
+        assert.error_matches(function() run:load(path) end, "qm.checkpoints.load: " .. path .. "/", 1, true)
+      end
       files.write(path .. "/state.json", '{"format": 1, "st')
       assert.error_matches(function() run:load(path) end, "state.json", 1, true)
     end)

@@ -8,10 +8,10 @@
 ---and renamed: a kill at any instant leaves the checkpoints that were there and perhaps the new one,
 ---each whole.
 
+local binding = require("quartermoon.ffi")
 local check = require("quartermoon.check")
 local files = require("quartermoon.files")
 local module = require("quartermoon.nn.module")
-local raise = require("quartermoon.ffi").raise
 local random = require("quartermoon.random")
 local safetensors = require("quartermoon.safetensors")
 local scopes = require("quartermoon.scope")
@@ -25,7 +25,10 @@ local SCALARS = { "w_bit", "group_size", "asym", "zero_offset", "layer_type", "r
 local function field(quantized, key)
   local value = quantized[key]
   if key == "zero_offset" and value == nil then value = 1 end
-  return type(value) == "table" and table.concat(value, " ") or tostring(value)
+  if type(value) ~= "table" then return tostring(value) end
+  local words = {}
+  for i, item in ipairs(value) do words[i] = tostring(item) end
+  return table.concat(words, " ")
 end
 
 ---What a quantized parameter is besides its tensors.
@@ -142,40 +145,39 @@ local OPTIONAL_PARTS = { "g_idx", "q_perm", "channel_scale" }
 
 ---Refuse a quantized parameter that is not the file's. @return integer|nil  bits of the residual that it
 ---lacks and the file has
-local function match_quantized(name, entry, saved, file)
+local function match_quantized(name, where, entry, saved, file)
   local q = entry.param
-  if type(saved) ~= "table" then raise(("%s: %s: '%s' is no quantized parameter there"):format(name, file.path,
-    entry.name)) end
+  check.type(where, "quantized." .. entry.name, saved, "table")
   for _, key in ipairs(SCALARS) do
     if key ~= "residual_bits" and field(q, key) ~= field(saved, key) then
-      check.fail(name, entry.name .. "." .. key, field(q, key), field(saved, key))
+      check.fail(where, entry.name .. "." .. key, field(q, key), field(saved, key))
     end
   end
   for _, key in ipairs(OPTIONAL_PARTS) do
     if not q[key] and file:has(entry.name .. "." .. key) then
-      raise(("%s: %s: '%s.%s' is there, and the parameter has none"):format(name, file.path, entry.name, key))
+      binding.raise(("%s: %s: '%s.%s' is there, and the parameter has none"):format(name, file.path, entry.name, key))
     end
   end
   local bits = saved.residual_bits
   if bits == nil or bits == 0 or q.residual then return nil end
-  return check.one_of(name, entry.name .. ".residual_bits", bits, { 4, 8 })
+  return check.one_of(where, entry.name .. ".residual_bits", bits, { 4, 8 })
 end
 
 local function match_tensor(name, file, key, wanted_dtype, wanted_shape)
   local dtype, shape = file:info(key)
   if dtype ~= wanted_dtype or table.concat(shape, ",") ~= table.concat(wanted_shape, ",") then
-    raise(("%s: %s: '%s' is %s [%s] there, expected %s [%s]"):format(name, file.path, key, dtype,
+    binding.raise(("%s: %s: '%s' is %s [%s] there, expected %s [%s]"):format(name, file.path, key, dtype,
       table.concat(shape, ", "), wanted_dtype, table.concat(wanted_shape, ", ")))
   end
 end
 
 ---Look whether the file has all of the model. @return function  which copies it
-local function plan_model(name, file, model, state)
-  local quantized = check.type(name, "state.json, quantized", state.quantized or {}, "table")
+local function plan_model(name, where, file, model, state)
+  local quantized = check.type(where, "quantized", state.quantized or {}, "table")
   local entries, residuals = model:named_parameters(), {}
   for _, entry in ipairs(entries) do
     local q = entry.param
-    local bits = module.is_quantized(q) and match_quantized(name, entry, quantized[entry.name], file)
+    local bits = module.is_quantized(q) and match_quantized(name, where, entry, quantized[entry.name], file)
     if bits then
       match_tensor(name, file, entry.name .. ".residual", "i32", { q.shape[1] * bits / 32, q.shape[2] })
       residuals[#residuals + 1] = { q, bits }
@@ -193,29 +195,31 @@ local function plan_model(name, file, model, state)
 end
 
 ---Read the optimizer's state and let it look. @return table state
-local function read_optim(file, optim, state)
+local function read_optim(name, file, optim, state)
   local tensors = {}
   local saved = { numbers = state.optim, tensors = tensors }
   for _, key in ipairs(file:names()) do tensors[key] = file:tensor(key, "cpu") end
-  if optim.check_state then optim:check_state(saved) end
+  if optim.check_state then
+    binding.naming(name, file.path .. " with state.json", optim.check_state, optim, saved)
+  end
   return saved
 end
 
-local function check_generator(name, what, saved)
-  check.type(name, what, saved, "table")
-  check.integer(name, what .. ".seed", saved.seed, 0, 2 ^ 32 - 1)
-  check.integer(name, what .. ".draws", saved.draws, 0, 2 ^ 32 - 1)
+local function check_generator(where, what, saved)
+  check.type(where, what, saved, "table")
+  check.integer(where, what .. ".seed", saved.seed, 0, 2 ^ 32 - 1)
+  check.integer(where, what .. ".draws", saved.draws, 0, 2 ^ 32 - 1)
 end
 
 local function restore(generator, saved) generator.seed, generator.draws = saved.seed, saved.draws end
 
 ---First look whether all of it fits, then overwrite: a mismatch must not leave half a run. What has its
 ---own way of loading goes before the model, whose copy can only fail with the disk.
-local function load_all(name, files_open, options, state)
-  local copy_model = options.model and plan_model(name, files_open.model, options.model, state)
-  local saved = options.optim and read_optim(files_open.optim, options.optim, state)
-  if options.rng then check_generator(name, "rng", state.rng) end
-  check_generator(name, "default_rng", state.default_rng)
+local function load_all(name, where, files_open, options, state)
+  local copy_model = options.model and plan_model(name, where, files_open.model, options.model, state)
+  local saved = options.optim and read_optim(name, files_open.optim, options.optim, state)
+  if options.rng then check_generator(where, "rng", state.rng) end
+  check_generator(where, "default_rng", state.default_rng)
   if options.data then options.data:load_state(state.data) end
   if saved then
     options.optim:load_state(saved)
@@ -239,18 +243,18 @@ function M.load(path, options)
   check_objects(name, options)
   if not files.exists(path .. "/state.json") then
     local newest, reason = M.latest(path)
-    path = newest or raise(name .. ": " .. reason)
+    path = newest or binding.raise(name .. ": " .. reason)
   end
-  local state = files.assert(name, files.read_json(path .. "/state.json"))
-  check.type(name, "state.json", state, "table")
-  if state.format ~= FORMAT then check.fail(name, "format", "checkpoint format " .. FORMAT, state.format) end
-  check.integer(name, "step", state.step, 0)
+  local state, where = files.assert(name, files.read_json(path .. "/state.json")), name .. ": " .. path .. "/state.json"
+  check.type(where, "the whole", state, "table")
+  if state.format ~= FORMAT then check.fail(where, "format", "checkpoint format " .. FORMAT, state.format) end
+  check.integer(where, "step", state.step, 0)
   local files_open = {}
   local ok, message = pcall(function()
     for _, part in ipairs({ "model", "optim" }) do
       files_open[part] = options[part] and safetensors.open(("%s/%s.safetensors"):format(path, part))
     end
-    scopes.guard(load_all, name, files_open, options, state)
+    scopes.guard(load_all, name, where, files_open, options, state)
   end)
   for _, file in pairs(files_open) do if file then file:close() end end
   if not ok then error(message, 0) end

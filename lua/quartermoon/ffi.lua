@@ -86,6 +86,21 @@ function M.raise(message)
   error(message, 0)
 end
 
+local function pass_on(name, place, ok, ...)
+  if ok then return ... end
+  local message = tostring((...))
+  if message:find(place, 1, true) then error(message, 0) end
+  local source = message:match("^([^\n]-):%d+: ")
+  -- The caller's line goes, and comes again with raise; one of this library's is a fault of ours and stays.
+  if source and not source:find("quartermoon/", 1, true) then message = message:sub(#source + 1):gsub("^:%d+: ", "") end
+  M.raise(("%s: %s: %s"):format(name, place, message))
+end
+
+---Call f. An error of its that does not name `place`, a file, is raised again as one that does.
+---@param name string  the public function's name
+---@return any ...     what f returns
+function M.naming(name, place, f, ...) return pass_on(name, place, pcall(f, ...)) end
+
 ---The last failure's sentence.
 function M.last_error() return ffi.string(lib.qm_last_error()) end
 
