@@ -79,11 +79,11 @@ describe("a tokenizer.json", function()
     refused(function(d) d.model.type = "Unigram" end, "tokenizer.json: a model of type 'Unigram' is not known here")
     refused(function(d) d.pre_tokenizer = { type = "Sorcery" } end, "a pre-tokenizer of type 'Sorcery' is not known")
     refused(function(d) d.normalizer = { type = "Nmt" } end, "a normalizer of type 'Nmt' is not known here")
-    refused(function(d) d.model.vocab = nil end, "model.vocab is not an object")
+    refused(function(d) d.model.vocab = nil end, "model has no 'vocab'")
     refused(function(d) d.model.vocab.a = -1 end, "model.vocab: 'a' has no id")
     refused(function(d) d.model.vocab.a = d.model.vocab.b end, "belongs to")
     refused(function(d) d.model.merges[1] = { "nowhere", "found" } end, "model.merges[0]")
-    refused(function(d) d.added_tokens = { { id = 3 } } end, "added_tokens[0] has no id and content")
+    refused(function(d) d.added_tokens = { { id = 3 } } end, "added_tokens[0] has no 'content'")
     refused(function(d)
       d.pre_tokenizer = { type = "Split", pattern = { Regex = "(" }, behavior = "Isolated" }
     end, "pattern (:")
@@ -91,6 +91,54 @@ describe("a tokenizer.json", function()
     qm.files.write(folder .. "/tokenizer.json", "{")
     assert.error_matches(function() qm.tokenizer.load(folder) end, "tokenizer.json: ", 1, true)
     assert.error_matches(function() qm.tokenizer.load(folder .. "/none") end, "none", 1, true)
+  end)
+  it("is refused where a value is of another type", function()
+    local WRONG = {
+      { "model is not an object", function(d) d.model = { 1 } end },
+      { "normalizer is not an object", function(d) d.normalizer = 3 end },
+      { "normalizer.normalizers is not a list",
+        function(d) d.normalizer = { type = "Sequence", normalizers = "x" } end },
+      { "normalizer.normalizers[0] is not an object",
+        function(d) d.normalizer = { type = "Sequence", normalizers = { 1 } } end },
+      { "normalizer has no 'prepend'", function(d) d.normalizer = { type = "Prepend" } end },
+      { "normalizer.content is not a string",
+        function(d) d.normalizer = { type = "Replace", pattern = { String = "a" }, content = {} } end },
+      { "a pattern is neither Regex nor String",
+        function(d) d.normalizer = { type = "Replace", pattern = { Regex = 1 }, content = "" } end },
+      { "pre_tokenizer.type is not a string", function(d) d.pre_tokenizer = { type = {} } end },
+      { "decoder.decoders[0].type is not a string",
+        function(d) d.decoder = { type = "Sequence", decoders = { { type = 1 } } } end },
+      { "post_processor has no 'cls'",
+        function(d) d.post_processor = { type = "RobertaProcessing", sep = { "a", 1 } } end },
+      { "post_processor.cls is not a word and its id",
+        function(d) d.post_processor = { type = "BertProcessing", sep = { "a", 1 }, cls = { 1, "a" } } end },
+      { "post_processor.single[0].SpecialToken is not an object",
+        function(d) d.post_processor = { type = "TemplateProcessing", single = { { SpecialToken = { "x" } } } } end },
+      { "post_processor.special_tokens.x.ids[0] is not a token's id", function(d)
+        d.post_processor = { type = "TemplateProcessing", special_tokens = { x = { ids = { 0.5 } } } }
+      end },
+      { "model.merges[0] is neither a string nor two", function(d) d.model.merges = { { "a", 1 } } end },
+      { "model.merges is not a list without gaps", function(d) d.model.merges = { a = "b c" } end },
+      { "model.unk_token is not a string", function(d) d.model.unk_token = { "a" } end },
+      { "added_tokens[0] is not an object", function(d) d.added_tokens = { true } end },
+      { "added_tokens[0].special is not a boolean",
+        function(d) d.added_tokens = { { id = 3, content = "x", special = 1 } } end },
+      { "added_tokens: UTF-8 error", function(d) d.added_tokens = { { id = 3, content = "\254" } } end },
+    }
+    for _, case in ipairs(WRONG) do
+      assert.error_matches(function() tokenizer_of("gpt2", case[2]) end, "tokenizer.json: " .. case[1], 1, true)
+    end
+  end)
+  it("takes bytes as a last resort only where all of a character's are there", function()
+    local tokenizer = tokenizer_of("llama2", function(d) d.model.vocab["<0xA9>"] = nil end)
+    local ids = tokenizer:ids("\234\169\169", { add_special = false })
+    assert.equal(tokenizer.unk, ids[#ids])
+  end)
+  it("may have a mark that means something to Lua's patterns", function()
+    local tokenizer = tokenizer_of("gpt2", function(d)
+      d.pre_tokenizer = { type = "Metaspace", replacement = "%", prepend_scheme = "never" }
+    end)
+    assert.is_true(#tokenizer:ids("a b") > 0)
   end)
   it("merges endless pieces in reasonable time", function()
     local tokenizer = tokenizer_of("llama2")
@@ -177,6 +225,21 @@ describe("a SentencePiece model", function()
       qm.files.write(folder .. "/tokenizer.model", whole:sub(1, math.random(#whole - 1)))
       local ok, message = pcall(qm.tokenizer.load, folder)
       assert(ok or message:find("tokenizer.model: ", 1, true), message)
+    end
+  end)
+  it("is refused where a field is of another kind, or a number makes no sense", function()
+    local four = varint(2 * 8 + 5)
+    local nan = { "\255\255\255\255", "\0\0\192\255", "\1\0\128\127", "\0\0\128\127" }
+    local cases = { ["field 1 is of another kind"] = field(1, 7), ["field 2 is of another kind"] = field(2, 7),
+      ["field 3 is of another kind"] = field(2, field(3, "x")), ["a piece of 1025 bytes"] = piece(("x"):rep(1025), 0) }
+    for _, bytes in ipairs(nan) do
+      qm.files.write(folder .. "/tokenizer.model", field(1, field(1, "a") .. four .. bytes))
+      assert.error_matches(function() qm.tokenizer.load(folder) end, "a score that is not finite", 1, true)
+    end
+    for message, bytes in pairs(cases) do
+      qm.files.write(folder .. "/tokenizer.model", model(2) .. bytes)
+      assert.error_matches(function() qm.tokenizer.load(folder) end, "tokenizer.model: not a SentencePiece model: "
+        .. message, 1, true)
     end
   end)
 end)

@@ -34,6 +34,16 @@ end
 -- Encoding
 ---------------------------------------------------------------------------------------------------
 
+---The ids of a character's bytes, or nil where one of them has none.
+local function byte_ids(self, char)
+  local ids = {}
+  for i = 1, #char do
+    ids[i] = self.by_byte[char:byte(i)]
+    if not ids[i] then return nil end
+  end
+  return ids
+end
+
 ---The symbols that merging begins with.
 local function symbols(self, piece)
   local ids, count = {}, 0
@@ -50,15 +60,15 @@ local function symbols(self, piece)
   local at, unknown_before = 1, false
   while at <= #piece do
     local size = unicode.char_size(piece, at)
-    local id, unknown = self.ids_of[piece:sub(at, at + size - 1)], false
+    local char = piece:sub(at, at + size - 1)
+    local id, unknown = self.ids_of[char], false
+    local bytes = not id and byte_ids(self, char)
     if id then
       count = count + 1
       ids[count] = id
-    elseif self.by_byte[piece:byte(at)] then
-      for i = at, at + size - 1 do
-        count = count + 1
-        ids[count] = self.by_byte[piece:byte(i)]
-      end
+    elseif bytes then
+      for i = 1, size do ids[count + i] = bytes[i] end
+      count = count + size
     elseif self.unk then
       unknown = true
       if not (unknown_before and self.fuse_unk) then

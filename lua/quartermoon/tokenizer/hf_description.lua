@@ -1,7 +1,8 @@
 ---Reading the description in a tokenizer.json: vocabulary, merges, added words, steps, template.
----Everything is checked; what we do not know is refused by name.
+---Everything is checked (types by hf_types.lua); what we do not know is refused by name.
 
 local cjson = require("cjson")
+local hf_types = require("quartermoon.tokenizer.hf_types")
 local merges = require("quartermoon.tokenizer.merges")
 local pcre2 = require("quartermoon.tokenizer.pcre2")
 local pipeline = require("quartermoon.tokenizer.pipeline")
@@ -58,13 +59,9 @@ local function continued(step)
 end
 
 local function read_vocab(self, model)
-  if type(model.vocab) ~= "table" then fail("model.vocab is not an object") end
   self.ids_of, self.words, self.strings = {}, {}, {}
   local count = 0
   for word, id in pairs(model.vocab) do
-    if type(word) ~= "string" or type(id) ~= "number" or id % 1 ~= 0 or id < 0 or id >= PAIR then
-      fail("model.vocab: '%s' has no id", tostring(word))
-    end
     if self.words[id] then fail("model.vocab: id %d belongs to '%s' and '%s'", id, self.words[id], word) end
     self.ids_of[word], self.words[id] = id, word
     count = math.max(count, id + 1)
@@ -74,7 +71,7 @@ end
 
 local function read_merges(self, model)
   self.ranks, self.made = {}, {}
-  for i, merge in ipairs(type(model.merges) == "table" and model.merges or fail("model.merges is not a list")) do
+  for i, merge in ipairs(model.merges) do
     local left, right
     if type(merge) == "string" then left, right = merge:match("^(.-) (.*)$") else left, right = merge[1], merge[2] end
     local a, b = self.ids_of[left or ""], self.ids_of[right or ""]
@@ -89,11 +86,8 @@ end
 local function read_added(self, list)
   self.added, self.special_ids, self.specials = {}, {}, {}
   local words = {}
-  for i, token in ipairs(list or {}) do
+  for _, token in ipairs(list or {}) do
     local id, word = token.id, token.content
-    if type(word) ~= "string" or word == "" or type(id) ~= "number" or id % 1 ~= 0 or id < 0 or id >= PAIR then
-      fail("added_tokens[%d] has no id and content", i - 1)
-    end
     self.added[word] = token
     self.words[id] = word
     self.vocab_size = math.max(self.vocab_size, id + 1)
@@ -109,7 +103,9 @@ local function read_added(self, list)
         quoted[#quoted + 1] = self.added[word].single_word and "(?<!\\w)" .. pattern .. "(?!\\w)" or pattern
       end
     end
-    return #quoted > 0 and assert(pcre2.compile(table.concat(quoted, "|"))) or nil
+    if #quoted == 0 then return nil end
+    local regex, reason = pcre2.compile(table.concat(quoted, "|"))
+    return regex or fail("added_tokens: %s", reason)
   end
   self.find_added = matcher(function() return true end)
   self.find_plain = matcher(function(token) return not token.special end)
@@ -171,10 +167,10 @@ end
 function M.read(self, description)
   local file = without_nulls(description)
   local model = file.model
-  if type(model) ~= "table" then fail("no model") end
-  if model.type and model.type ~= "BPE" then
+  if type(model) == "table" and model.type and model.type ~= "BPE" then
     fail("a model of type '%s' is not known here, only BPE", tostring(model.type))
   end
+  hf_types.check(file)
   for _, option in ipairs({ "continuing_subword_prefix", "end_of_word_suffix" }) do
     if model[option] and model[option] ~= "" then fail("model.%s is not known here", option) end
   end

@@ -79,10 +79,7 @@ function M.load(path)
     if saved.kind == "bpe" then return bpe.new(name .. ": " .. path, saved.merges, saved.specials) end
     error(("unknown kind '%s'"):format(tostring(saved.kind)), 0)
   end
-  local ok, result = pcall(build)
-  if ok then return result end
-  if result:find(name .. ": " .. path, 1, true) then error(result, 0) end
-  binding.raise(name .. ": " .. path .. ": " .. result)
+  return binding.naming(name, path, build)
 end
 
 return M

@@ -15,9 +15,8 @@ local function refuse(what, kind) error(("%s of type '%s' is not known here"):fo
 
 ---A pattern of the file: { Regex = "..." } or { String = "..." }.
 local function compile(pattern)
-  if type(pattern) ~= "table" then error("a pattern is neither Regex nor String", 0) end
   local source = pattern.Regex
-  if not source then
+  if type(source) ~= "string" then
     if type(pattern.String) ~= "string" then error("a pattern is neither Regex nor String", 0) end
     source = "\\Q" .. pattern.String:gsub("\\E", "\\E\\\\E\\Q") .. "\\E"
   end
@@ -145,10 +144,11 @@ function pre_tokenizers.WhitespaceSplit() return splitter(compile({ Regex = "\\s
 function pre_tokenizers.Whitespace() return splitter(compile({ Regex = "\\w+|[^\\w\\s]+" }), "Removed", true) end
 function pre_tokenizers.Metaspace(step)
   local mark = step.replacement or "\226\150\129"
+  local written = mark:gsub("%%", "%%%%") -- as gsub wants a replacement
   local scheme = step.prepend_scheme or (step.add_prefix_space == false and "never" or "always")
   local split = step.split ~= false and splitter(compile({ String = mark }), "MergedWithNext", false)
   return function(text, emit, at_start)
-    text = text:gsub(" ", mark)
+    text = text:gsub(" ", written)
     local wanted = scheme == "always" or scheme == "first" and at_start
     if wanted and text:sub(1, #mark) ~= mark then text = mark .. text end
     if split then split(text, emit) else emit(text) end

@@ -5,6 +5,7 @@
 ---join is a piece, the best score goes first.
 
 local ffi = require("ffi")
+local bit = require("bit")
 local cjson = require("cjson")
 
 local M = {}
@@ -25,40 +26,54 @@ local function varint(bytes, at)
   fail("a number of more than ten bytes")
 end
 
----Call field(number, value) on every field of a message: numbers for number fields, strings otherwise.
-local function each_field(bytes, field)
+local NUMBER, EIGHT, BYTES, FOUR = 0, 1, 2, 5 -- wire types
+local SIZES = { [EIGHT] = 8, [FOUR] = 4 }
+
+---Call field(number, value) on those fields of a message that are wanted: numbers for number fields, strings
+---otherwise.
+---@param wanted table<integer, integer>  the wire type that each must have
+local function each_field(bytes, wanted, field)
   local at = 1
   while at <= #bytes do
     local key, value, size
     key, at = varint(bytes, at)
     local wire = key % 8
-    if wire == 0 then
+    local number = (key - wire) / 8
+    if wire == NUMBER then
       value, at = varint(bytes, at)
     else
-      size = wire == 5 and 4 or wire == 1 and 8
-      if wire == 2 then size, at = varint(bytes, at) end
+      size = SIZES[wire]
+      if wire == BYTES then size, at = varint(bytes, at) end
       if not size then fail("a field of an unknown kind") end
       if size > #bytes - at + 1 then fail("a field of " .. size .. " bytes reaches beyond the end") end
       value, at = bytes:sub(at, at + size - 1), at + size
     end
-    field((key - wire) / 8, value)
+    if wanted[number] then
+      if wanted[number] ~= wire then fail(("field %d is of another kind"):format(number)) end
+      field(number, value)
+    end
   end
 end
 
 local float = ffi.new("float[1]")
+local bits = ffi.cast("int32_t *", float)
 local function to_float(bytes)
-  if type(bytes) ~= "string" or #bytes ~= 4 then fail("a score") end
   ffi.copy(float, bytes, 4)
+  -- NaN by its bits: as a number it could be any value of Lua's, and it has no place in an order.
+  if bit.band(bits[0], 0x7f800000) == 0x7f800000 then fail("a score that is not finite") end
   return tonumber(float[0])
 end
 
+local WORD_BYTES_MAX = 1024 -- finding merges takes the square of it
+
 local function read_piece(bytes)
   local piece = { score = 0, kind = NORMAL }
-  each_field(bytes, function(number, value)
+  each_field(bytes, { BYTES, FOUR, NUMBER }, function(number, value)
     if number == 1 then piece.word = value elseif number == 2 then piece.score = to_float(value)
-    elseif number == 3 then piece.kind = value end
+    else piece.kind = value end
   end)
-  if type(piece.word) ~= "string" or piece.word == "" then fail("a piece without a word") end
+  if not piece.word or piece.word == "" then fail("a piece without a word") end
+  if #piece.word > WORD_BYTES_MAX then fail(("a piece of %d bytes"):format(#piece.word)) end
   return piece
 end
 
@@ -87,17 +102,15 @@ end
 function M.convert(bytes)
   local pieces, by_word, vocab, added = {}, {}, {}, {}
   local settings = { model_type = 1, byte_fallback = 0, add_dummy_prefix = 1 }
-  each_field(bytes, function(number, value)
+  each_field(bytes, { BYTES, BYTES, BYTES }, function(number, value)
     if number == 1 then
       pieces[#pieces + 1] = read_piece(value)
     elseif number == 2 then
-      each_field(value, function(field, x)
-        if field == 3 then settings.model_type = x elseif field == 35 then settings.byte_fallback = x end
+      each_field(value, { [3] = NUMBER, [35] = NUMBER }, function(field, x)
+        if field == 3 then settings.model_type = x else settings.byte_fallback = x end
       end)
-    elseif number == 3 then
-      each_field(value, function(field, x)
-        if field == 3 then settings.add_dummy_prefix = x end
-      end)
+    else
+      each_field(value, { [3] = NUMBER }, function(_, x) settings.add_dummy_prefix = x end)
     end
   end)
   if #pieces == 0 then fail("no pieces") end
