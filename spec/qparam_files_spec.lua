@@ -306,6 +306,12 @@ describe("bitorch-engine's tensors", function()
     end)
   end)
 
+  it("of layer kind 1 want scales with a row for each group", function()
+    refused("argument 'scales': expected a row for each group, got qm.Tensor u8 []", function()
+      qm.QParam.import("mpq", { qweight = words(4, 32), qstatistic = qm.ones({}, { dtype = "u8" }) }, { bits = 4 })
+    end)
+  end)
+
   it("of layer kind 1 are read doubly quantized, and written as they are then", function()
     local function half(value, ...) return qm.full({ ... }, value):to("f16") end
     local q = qm.QParam.import("mpq", { qweight = words(8, 64),

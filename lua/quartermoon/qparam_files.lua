@@ -294,6 +294,7 @@ local function read_mpq(name, fields, o)
   for _, field in ipairs(RAW) do parts[field] = fields[field] end
   local codes = fields.scales or fields.qstatistic or fields.qscales
   if not codes then check.fail(name, "scales", "scales, qstatistic or qscales", nil) end
+  if #codes.shape == 0 then check.fail(name, "scales", "a row for each group", codes) end
   local k = fields.qweight.shape[1] * 32 / o.bits
   parts.group_size = (fields.g_idx and group_size_of or even_group_size)(name, o, k, codes.shape[1])
   parts.g_idx = unless_in_order(fields.g_idx, parts.group_size, k)
