@@ -162,6 +162,8 @@ describe("qm.gguf.open", function()
     { "an unknown type", with { infos = { info("w", { 8 }, 4, 0) } }, "tensor 'w': type 4 is not known" },
     { "half a block", with { infos = { info("w", { 8 }, 2, 0) } },
       "tensor 'w': rows of 8 elements are no whole blocks of Q4_0, which has 32" },
+    { "one element of a block type", with { infos = { info("w", {}, 2, 0) } },
+      "tensor 'w': rows of 1 elements are no whole blocks of Q4_0, which has 32" },
     { "an offset between", with { infos = { info("w", { 4 }, 0, 16) } }, "no multiple of the alignment 32" },
     { "a tensor beyond the end", with { infos = { info("w", { 9 }, 0, 0) } },
       "tensor 'w': it ends at byte 36 of the data, but there are 32: the file is truncated" },

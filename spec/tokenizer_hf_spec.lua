@@ -118,6 +118,9 @@ describe("a tokenizer.json", function()
         d.post_processor = { type = "TemplateProcessing", special_tokens = { x = { ids = { 0.5 } } } }
       end },
       { "model.merges[0] is neither a string nor two", function(d) d.model.merges = { { "a", 1 } } end },
+      { "model.merges[0]: 'nospace' does not join", function(d)
+        d.model.vocab[""], d.model.merges = 60000, { "nospace" }
+      end },
       { "model.merges is not a list without gaps", function(d) d.model.merges = { a = "b c" } end },
       { "model.unk_token is not a string", function(d) d.model.unk_token = { "a" } end },
       { "added_tokens[0] is not an object", function(d) d.added_tokens = { true } end },

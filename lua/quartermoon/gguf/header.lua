@@ -183,8 +183,9 @@ local function read_tensor(self, header, i)
   local kind = types.tensors[id]
   if not kind then return bad("type %.0f is not known", id) end
   if not extents then return end
-  if (extents[1] or 1) % kind.block ~= 0 then
-    return bad("rows of %.0f elements are no whole blocks of %s, which has %d", extents[1], kind.name, kind.block)
+  local row = extents[1] or 1
+  if row % kind.block ~= 0 then
+    return bad("rows of %.0f elements are no whole blocks of %s, which has %d", row, kind.name, kind.block)
   end
   if offset % header.alignment ~= 0 then
     return bad("it begins at byte %.0f of the data, no multiple of the alignment %d", offset, header.alignment)

@@ -74,7 +74,7 @@ local function read_merges(self, model)
   for i, merge in ipairs(model.merges) do
     local left, right
     if type(merge) == "string" then left, right = merge:match("^(.-) (.*)$") else left, right = merge[1], merge[2] end
-    local a, b = self.ids_of[left or ""], self.ids_of[right or ""]
+    local a, b = left and self.ids_of[left], right and self.ids_of[right]
     local joined = a and b and self.ids_of[left .. right]
     if not joined then fail("model.merges[%d]: '%s' does not join two words of the vocabulary to a third", i - 1,
       type(merge) == "string" and merge or tostring(left)) end
