@@ -1,0 +1,11 @@
+-- A whole model folder: configuration, index, shards, dense or quantized. What can be read makes one step.
+local qm = require("quartermoon")
+
+return function(bytes, fuzz)
+  fuzz.write_parts(bytes, "config.json")
+  local model = qm.models.load(fuzz.folder, { dtype = "f32", on_note = function() end })
+  fuzz.use(qm.scope, function()
+    qm.no_grad(model.logits, model, qm.tensor({ 0, 1, 0 }, { dtype = "i32" }))
+  end)
+  model:free()
+end
