@@ -1,7 +1,7 @@
 -- premake5.lua - every build product, one place.
 --
 --   premake5 gmake                        (or Debian's: premake4 --file=premake5.lua gmake)
---   make -C build/make config=release     (or debug, asan; CC=clang works too)
+--   make -C build/make config=release     (or debug, asan, fuzz; CC=clang works too, fuzz needs it)
 --
 -- build/<config>/libquartermoon.so is the engine with the reference and the CPU kernels, which are
 -- compiled once per instruction-set level and chosen at run time. Neither premake knows nvcc, so for
@@ -39,7 +39,7 @@ if machine() == "x86_64" then
 end
 
 workspace "quartermoon"
-  configurations { "release", "debug", "asan" }
+  configurations { "release", "debug", "asan", "fuzz" }
   location "build/make"
   language "C"
   includedirs { "engine", "kernels" }
@@ -68,23 +68,32 @@ workspace "quartermoon"
       linkoptions { "-shared-libsan" }
     end
     targetdir "build/asan"
+  when "fuzz" -- for the program of scripts/fuzz, which brings the runtimes
+    buildoptions { "-O1", "-g1", "-fno-omit-frame-pointer" }
+    linkoptions { "-fsanitize=address,undefined" }
+    targetdir "build/fuzz"
 
 -- Premake 4.3 names objects after their source alone, so each folder is a library of its own.
 local parts = {}
-local function part(name, sources)
+local function part(name, sources, fuzz_options)
   parts[#parts + 1] = name
   project(name)
     kind "StaticLib"
     files { sources }
+    when "fuzz"
+      buildoptions(fuzz_options)
+    when "*"
 end
 
-part("cpu", "kernels/cpu/*.c") -- calls the levels, which call the reference
+-- The fuzzer runs at the base level: sanitized vector code takes clang many minutes.
+local watched, unwatched = { "-fsanitize=address" }, {}
+part("cpu", "kernels/cpu/*.c", watched) -- calls the levels, which call the reference
 for _, level in ipairs(levels) do
-  part("cpu_" .. level[1], "kernels/cpu/level/*.c")
+  part("cpu_" .. level[1], "kernels/cpu/level/*.c", level[1] == "base" and watched or unwatched)
   buildoptions(level[2])
   defines { "QM_CPU_LEVEL=" .. level[1] }
 end
-part("reference", "kernels/reference/*.c")
+part("reference", "kernels/reference/*.c", watched)
 
 project "quartermoon"
   kind "SharedLib"
@@ -92,6 +101,10 @@ project "quartermoon"
   links(parts)
   links { "dnnl", "lapacke", "jansson", "dl", "m" }
   -- nodelete: Lua may drop the library before the last finalizer that calls it has run.
-  linkoptions { "-Wl,--no-undefined", "-Wl,-z,nodelete", "-Wl,-soname,libquartermoon.so." .. abi_version() }
+  linkoptions { "-Wl,-z,nodelete", "-Wl,-soname,libquartermoon.so." .. abi_version() }
+  when "not fuzz"
+    linkoptions { "-Wl,--no-undefined" }
+  when "fuzz" -- coverage of the readers guides the fuzzer, that of kernels would not
+    buildoptions { "-fsanitize=fuzzer-no-link,address,undefined", "-fno-sanitize-recover=undefined" }
 
 assert(loadfile("kernels/cuda/premake.lua"))()
