@@ -328,3 +328,23 @@ describe("bitorch-engine's tensors", function()
     end)
   end)
 end)
+
+describe("Reading and writing a weight's tensors", function()
+  it("leaves nothing to the collector", function()
+    local cases = { gptq = gptq(64, 32, 4, 2), exl2 = exl2(32, mpq.permutation(160):to(testing.device)) }
+    local q = qm.QParam.import("gptq", gptq(64, 32, 4, 1), { zero_points = "v2" })
+    cases.awq = q:export("awq")
+    cases.mbwq = mpq.random(64, 40, { w_bit = 4, asym = false, group_size = 32 }):to(testing.device):export("mbwq")
+    for kind, fields in pairs(cases) do
+      collectgarbage()
+      collectgarbage("stop")
+      local live = qm.handles_live()
+      local again = qm.QParam.import(kind, copies(fields), { bits = kind == "mbwq" and 4 or nil })
+      for _, tensor in pairs(again:export(kind)) do tensor:free() end
+      again:free()
+      local left = qm.handles_live() - live
+      collectgarbage("restart")
+      assert.equal(0, left, kind)
+    end
+  end)
+end)

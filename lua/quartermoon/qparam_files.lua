@@ -274,11 +274,13 @@ local function write_mbwq(name, q)
   if q.asym then refuse(name, "the format has float zeros, and %s has integer ones: save it as gptq", tostring(q)) end
   local k, device = q.shape[1], q.data.device
   local order = q.q_perm and q.q_perm:host() or setmetatable({}, { __index = function(_, i) return i - 1 end })
-  local channel_scale = q.channel_scale and q.channel_scale:to("f16") or words.build({ k }, "f32", device, function(out)
+  local ones = q.channel_scale and q.channel_scale:to("f16") or words.half({ k }, device, function(out)
     for i = 0, k - 1 do out[i] = 1 end
-  end):to("f16")
+  end)
+  local channel_scale = ones:view_as(name, { 1, 1, k })
+  ones:free()
   return { qweight = q.data:share(), scales = q.scales:share(), zeros = q.zeros:share(),
-    q_perm = words.to_i16(name, "q_perm", order, k, device), channel_scale = channel_scale:view_as(name, { 1, 1, k }),
+    q_perm = words.to_i16(name, "q_perm", order, k, device), channel_scale = channel_scale,
     q_groups = q.q_groups and words.to_i16(name, "q_groups", q.q_groups, #q.q_groups, device) or nil }
 end
 

@@ -40,6 +40,14 @@ function M.build(shape, dtype, device, write)
   return out
 end
 
+---The same of f16 values, which `write` gives as f32.
+function M.half(shape, device, write)
+  local wide = M.build(shape, "f32", device, write)
+  local out = wide:to("f16")
+  wide:free()
+  return out
+end
+
 ---The values of packed fields [rows, N / 32 * bits], each raised by `shift`: an i32 host buffer, and how many.
 function M.fields(packed, bits, shift)
   local words, row_words = packed:host(), packed.shape[2]
@@ -172,26 +180,20 @@ end
 function M.exl2_grid(q_scale, q_scale_max, widths)
   local groups, columns, device = q_scale.shape[1], q_scale.shape[2], q_scale.device
   local words = q_scale:host()
-  local rounded = M.build({ groups }, "f32", "cpu", function(out)
+  local shape = { groups, columns * 8 }
+  local rounded = M.half({ groups }, "cpu", function(out)
     local largest = q_scale_max:host()
     for g = 0, groups - 1 do out[g] = largest[g] / 256 end
-  end):to("f16")
+  end)
   local unit = rounded:host()
-  local shape = { groups, columns * 8 }
-  local function half(write)
-    local wide = M.build(shape, "f32", device, write)
-    local out = wide:to("f16")
-    wide:free()
-    return out
-  end
-  local scales = half(function(out)
+  local scales = M.half(shape, device, function(out)
     for i = 0, groups * columns * 8 - 1 do
       local level = band(rshift(words[rshift(i, 3)], 4 * band(i, 7)), 15) + 1
       out[i] = level * level * unit[math.floor(i / shape[2])]
     end
   end)
   local values = scales:host()
-  local zeros = half(function(out)
+  local zeros = M.half(shape, device, function(out)
     for i = 0, groups * columns * 8 - 1 do out[i] = values[i] * 2 ^ (widths[math.floor(i / shape[2]) + 1] - 1) end
   end)
   rounded:free()
