@@ -94,7 +94,11 @@ function M.parameter(name, source, path, kind, how, shape, device)
   for key, value in pairs(how.options) do options[key] = value end
   if kind == "exl2" then options.columns = shape[2] end
   if kind == "mbwq" or kind == "mpq" then
-    local _, words, file = source:info(path .. ".qweight")
+    local dtype, words, file = source:info(path .. ".qweight")
+    if #words ~= 2 then
+      raise(("%s: %s: tensor '%s.qweight': expected i32 [words, N], got %s [%s]"):format(name, file, path, dtype,
+        table.concat(words, ", ")))
+    end
     options.bits, place = words[1] * 32 / shape[1], file .. ": " .. path
     if how.strategy and not source:has(path .. ".q_groups") then
       options.group_size = how.strategy:group_size(name, path, options.bits)
