@@ -4,7 +4,7 @@ local qm = require("quartermoon")
 
 local KINDS = { gptq = true, awq = true, exl2 = true, mbwq = true, mpq = true }
 local OPTIONS = { bits = tonumber, group_size = tonumber, columns = tonumber, checkpoint_format = tostring,
-  zero_points = tostring, sym = function(word) return word == "true" end }
+  zero_points = tostring, made_by = tostring, sym = function(word) return word == "true" end }
 
 return function(bytes, fuzz)
   local head, rest = bytes:match("^([^\n]*)\n(.*)$")

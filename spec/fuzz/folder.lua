@@ -8,4 +8,8 @@ return function(bytes, fuzz)
     qm.no_grad(model.logits, model, qm.tensor({ 0, 1, 0 }, { dtype = "i32" }))
   end)
   model:free()
+  fuzz.use(function() -- once more, decoded and rounded anew
+    local linear = { kind = "mpq", w_bit = 4, group_size = 32 }
+    qm.models.load(fuzz.folder, { linear = linear, on_note = function() end }):free()
+  end)
 end
