@@ -136,6 +136,15 @@ describe("qm.safetensors", function()
       file:close()
     end)
 
+    it("names file and tensor where an empty tensor is too wide for any memory", function()
+      local header = '{"a":{"dtype":"F32","shape":[0,9223372036854775807],"data_offsets":[0,0]}}'
+      write_file(path, u64(#header) .. header)
+      qm.safetensors.with(path, function(file)
+        assert.error_matches(function() file:tensor("a") end,
+          "file:tensor: " .. path .. ": tensor 'a': qm.empty: argument 'shape': expected an integer", 1, true)
+      end)
+    end)
+
     it("suggests the name that was meant, and checks what it reads into", function()
       qm.safetensors.save(path, { weight = qm.ones({ 2, 3 }) })
       qm.safetensors.with(path, function(file)

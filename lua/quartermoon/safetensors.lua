@@ -117,7 +117,10 @@ function File:tensor(key, device)
   if found.dtype == "unsupported" then
     binding.raise(("file:tensor: %s: '%s' has a type or shape that no tensor here can hold"):format(self.path, key))
   end
-  return self:read(key, tensors.empty(found.shape, { dtype = found.dtype, device = device }))
+  local place = ("%s: tensor '%s'"):format(self.path, key)
+  local out = binding.naming("file:tensor", place, tensors.empty, found.shape, { dtype = found.dtype, device = device })
+  binding.check(lib.qm_safetensors_read(self.handle, found.index, out.desc), "file:tensor: " .. self.path, out)
+  return out
 end
 
 ---Close the file. Closing twice is harmless; tensors that were read stay.

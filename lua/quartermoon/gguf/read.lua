@@ -132,13 +132,16 @@ end
 ---@raise when the type is another
 function File:tensor(key, device)
   local found = entry(self, "file:tensor", key)
-  if blocks.has(types.by_name[found.type]) then return decoded(self, found, device) end
+  local place = ("%s: tensor '%s'"):format(self.path, key)
+  if blocks.has(types.by_name[found.type]) then
+    return binding.naming("file:tensor", place, decoded, self, found, device)
+  end
   local dtype = M.DTYPE[found.type]
   if not dtype then
     binding.raise(("file:tensor: %s: tensor '%s': values of type %s are not read here"):format(self.path, key,
       found.type))
   end
-  return copied(self, found, dtype, device)
+  return binding.naming("file:tensor", place, copied, self, found, dtype, device)
 end
 
 ---Close the file. Closing twice is harmless; tensors that were read stay.
