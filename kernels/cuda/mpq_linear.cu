@@ -8,6 +8,7 @@
 ** instructions
 ** (up to 16 rows; about 20 beyond), of which a multiprocessor starts 2 a cycle.
 */
+#include "mpq_linear_few.cuh"
 #include "mpq_linear_forward.cuh"
 #include "mpq_linear_transposed.cuh"
 
@@ -60,7 +61,7 @@ static int32_t launch(qm_cuda *cuda, task p, int64_t length, int64_t outputs) {
 /* Shapes: warps, of them side by side, pieces of output, vectors of codes, stages, blocks. */
 template <typename T>
 static int32_t launch_forward(qm_cuda *cuda, const task &p) {
-  if (p.rows <= 8) return launch<forward<shape<T, 1, 8, 1, 2, 4, 4, 2>>>(cuda, p, p.k, p.n);
+  if (p.rows <= FEW_ROWS) return launch_few<T>(cuda, p);
   if (p.rows <= 16) return launch<forward<shape<T, 2, 8, 1, 2, 4, 3, 2>>>(cuda, p, p.k, p.n);
   if (p.rows <= 32) return launch<forward<shape<T, 4, 8, 2, 2, 4, 3, 1>>>(cuda, p, p.k, p.n);
   return launch<forward<shape<T, 8, 12, 4, 1, 2, 4, 1>>>(cuda, p, p.k, p.n);
