@@ -117,14 +117,14 @@ for _, case in ipairs({ { 50257, 5120 }, { 50304, 5120 }, { 32000, 8192 }, { 128
   local targets = qm.rand({ count }, nil, 0, classes):to("i32")
   local losses = qm.empty({ count })
   bench(("cross_entropy bf16 [%d, %d], in place"):format(count, classes), 4 * classes * count, function()
-    call("cross_entropy", logits.desc, targets.desc, nil, losses.desc, logits.desc, 1, -100)
+    call("cross_entropy", logits.desc, targets.desc, nil, losses.desc, logits.desc, 1, -100, classes)
   end)
   x:copy(y)
 end
 local wide, losses = view(f:narrow(1, 32000 * 2048), 2048, 32000), qm.empty({ 2048 })
 local classes = qm.rand({ 2048 }, nil, 0, 32000):to("i32")
 bench("cross_entropy f32 [2048, 32000], in place", 8 * 32000 * 2048, function()
-  call("cross_entropy", wide.desc, classes.desc, nil, losses.desc, wide.desc, 1, -100)
+  call("cross_entropy", wide.desc, classes.desc, nil, losses.desc, wide.desc, 1, -100, 32000)
 end)
 
 -- Tokens as text has them: the k-th most frequent about 1 / k of the time.
