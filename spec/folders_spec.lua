@@ -271,6 +271,8 @@ describe("A folder that is not in order", function()
     refused("config.json", function(c) c.num_hidden_layers = 3 end, "holds no tensor 'model.layers.2.")
     refused("config.json", function(c) c.num_hidden_layers = 1 end, "tensor 'model.layers.1.",
       "has no place in a model of this config.json")
+    refused("config.json", function(c) c.head_dim, c.max_position_embeddings = 65536, 2 ^ 22 end,
+      "self_attn.", "expected [") -- before anything is made of 2^37 rotations
     refused("config.json", function(c) c.mlp_bias = true end, "holds no tensor 'model.layers.0.mlp.gate_proj.bias'")
   end)
 

@@ -150,7 +150,7 @@ local function build(load, config, options)
   load.model = model
   load.source:alias(model.base_prefix, config.kind == "gpt2" and "wte.weight" or "embed_tokens.weight")
   fill(load, model, "")
-  model:tie()
+  model:complete()
   if config.quantization and load.quantized_count == 0 then
     config.quantization:fail("quant_method", "a folder without it, as no weight there is quantized",
       config.quantization:get("quant_method"))

@@ -163,7 +163,7 @@ function M.new(config, options)
   self.cache_heads = { layers = config.n_layer, heads = config.n_head, head_size = config.n_embd / config.n_head }
   local vocab_rows = math.ceil(config.vocab_size / multiple) * multiple
   self:register("transformer", new_transformer(config, vocab_rows, linear, self.dtype, more))
-  self:tie()
+  self:complete()
   if not config.tie_word_embeddings then
     self:register("lm_head", nn.Linear.new(config.n_embd, config.vocab_size, { std = config.initializer_range,
       device = more.device, generator = more.generator }))
@@ -172,7 +172,7 @@ function M.new(config, options)
 end
 
 ---Note which weight the head shares with the embedding, once that has one.
-function GPT2:tie() self.tied_weight = self.transformer.wte.weight end
+function GPT2:complete() self.tied_weight = self.transformer.wte.weight end
 
 ---Published folders put this before the decoder's names; of linear layers only the head lies [outputs, inputs].
 GPT2.base_prefix = "transformer."

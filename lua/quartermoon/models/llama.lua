@@ -8,6 +8,7 @@
 
 local check = require("quartermoon.check")
 local decoder = require("quartermoon.models.decoder")
+local module = require("quartermoon.nn.module")
 local nn = require("quartermoon.nn")
 local qm = require("quartermoon")
 
@@ -101,20 +102,23 @@ function M.new(config, options)
   self.cache_heads = { layers = config.num_hidden_layers, heads = config.num_key_value_heads,
     head_size = config.head_dim }
   self:register("model", new_decoder(config, linear, self.dtype, more))
-  self:tie()
   if not config.tie_word_embeddings then
     self:register("lm_head", nn.Linear.new(config.hidden_size, config.vocab_size, {
       std = config.initializer_range, device = more.device, generator = more.generator }))
   end
+  if not module.is_declaring() then self:complete() end
+  return self
+end
+
+---Once the weights are there: note which one the head shares with the embedding, and make the rotations.
+function Llama:complete()
+  local config = self.config
+  self.tied_weight = self.model.embed_tokens.weight
   self.cos, self.sin = qm.rope_tables(config.head_dim, self.positions_max, config.rope_theta,
     { device = self.device, scaling = config.rope_scaling })
   self.cos:keep()
   self.sin:keep()
-  return self
 end
-
----Note which weight the head shares with the embedding, once that has one.
-function Llama:tie() self.tied_weight = self.model.embed_tokens.weight end
 
 ---Published folders put this before the decoder's names, and have a linear layer's weight [outputs, inputs].
 Llama.base_prefix = "model."
@@ -130,6 +134,7 @@ end
 ---Release weights, tables and positions.
 function Llama:free()
   decoder_free(self)
+  if not self.cos then return end
   self.cos:free()
   self.sin:free()
 end
