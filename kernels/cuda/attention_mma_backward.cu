@@ -55,8 +55,7 @@ static __global__ void __launch_bounds__(QM_THREADS)
                           if (threadIdx.x < QUERIES) {
                             const bool inside = (int32_t)threadIdx.x < there;
                             const int64_t of = at + (int64_t)threadIdx.x * shape.heads;
-                            lses[stage * QUERIES + threadIdx.x] =
-                                qm_minus_lse(inside ? x.lse[of] : INFINITY);
+                            lses[stage * QUERIES + threadIdx.x] = inside ? x.lse[of] : INFINITY;
                             deltas[stage * QUERIES + threadIdx.x] = inside ? x.delta[of] : 0.0f;
                           }
       };
@@ -129,7 +128,7 @@ static __global__ void __launch_bounds__(QM_THREADS)
     const int32_t query = row + warp_row + half * 8 + g;
     const bool inside = query < span.q_end;
     const int64_t of = (int64_t)query * shape.heads + head;
-    lse[half] = qm_minus_lse(inside ? x.lse[of] : INFINITY);
+    lse[half] = inside ? x.lse[of] : INFINITY;
     delta[half] = inside ? x.delta[of] : 0.0f;
     from[half] = to[half] = 0;
     if (inside) qm_attention_keys(shape, span, query, &from[half], &to[half]);

@@ -124,10 +124,11 @@ static __device__ __forceinline__ float qm_minus_lse(float lse) {
 static __device__ __forceinline__ float qm_weight(float score, float scale, float minus_lse) {
   return qm_exp2(fmaf(score, scale, minus_lse));
 }
-/* Scores to P, and dP to dS without its scale. minus_lse and delta are those of the query. */
+/* Scores to P, and dP to dS without its scale. lse and delta are those of the query. Negating lse
+** here and exp2f keep the registers of attention_mma_backward.cu within what there is. */
 static __device__ __forceinline__ void qm_differentiate(float &score, float &slope, float scale,
-                                                        float minus_lse, float delta, bool seen) {
-  const float p = seen ? qm_weight(score, scale, minus_lse) : 0.0f;
+                                                        float lse, float delta, bool seen) {
+  const float p = seen ? exp2f(fmaf(score, scale, -lse * QM_LOG2E)) : 0.0f;
   score = p;
   slope = seen ? p * (slope - delta) : 0.0f;
 }
@@ -161,29 +162,43 @@ static __device__ __forceinline__ void qm_transpose_4(uint32_t (&word)[4]) {
   }
 }
 
-/* Store an accumulator's 16 rows times factor, 16 bytes at a time where its width allows; rows from
-** `there` on are left out. All lanes must call. */
+/* Store an accumulator's 16 rows times factor; rows from `there` on are left out. */
 template <typename T, int COLUMNS>
 static __device__ __forceinline__ void qm_store_rows(T *out, int64_t stride, int32_t there,
                                                      const float (&acc)[COLUMNS][4],
                                                      const float (&factor)[2]) {
   const int32_t lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
 #pragma unroll
+  for (int half = 0; half < 2; half++)
+    if (g + 8 * half < there)
+#pragma unroll
+      for (int n = 0; n < COLUMNS; n++)
+        *(uint32_t *)(out + (g + 8 * half) * stride + n * 8 + 2 * t) =
+            qm_pair<T>(acc[n][2 * half] * factor[half], acc[n][2 * half + 1] * factor[half]);
+}
+
+/* The same 16 bytes at a time, for which four lanes exchange words; it takes some registers. COLUMNS
+** is a multiple of 4; all lanes must call. */
+template <typename T, int COLUMNS>
+static __device__ __forceinline__ void qm_store_rows_wide(T *out, int64_t stride, int32_t there,
+                                                          const float (&acc)[COLUMNS][4],
+                                                          const float (&factor)[2]) {
+  static_assert(COLUMNS % 4 == 0, "a lane to each of four columns");
+  const int32_t lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+#pragma unroll
   for (int half = 0; half < 2; half++) {
-    const bool inside = g + 8 * half < there;
     T *const row = out + (g + 8 * half) * stride;
-    const auto pair = [&](int n) {
-      return qm_pair<T>(acc[n][2 * half] * factor[half], acc[n][2 * half + 1] * factor[half]);
-    };
 #pragma unroll
-    for (int n = 0; n < COLUMNS / 4 * 4; n += 4) {
-      uint32_t word[4] = {pair(n), pair(n + 1), pair(n + 2), pair(n + 3)};
+    for (int n = 0; n < COLUMNS; n += 4) {
+      uint32_t word[4];
+#pragma unroll
+      for (int i = 0; i < 4; i++)
+        word[i] = qm_pair<T>(acc[n + i][2 * half] * factor[half],
+                             acc[n + i][2 * half + 1] * factor[half]);
       qm_transpose_4(word);
-      if (inside) *(uint4 *)(row + (n + t) * 8) = make_uint4(word[0], word[1], word[2], word[3]);
+      if (g + 8 * half < there)
+        *(uint4 *)(row + (n + t) * 8) = make_uint4(word[0], word[1], word[2], word[3]);
     }
-#pragma unroll
-    for (int n = COLUMNS / 4 * 4; n < COLUMNS; n++)
-      if (inside) *(uint32_t *)(row + n * 8 + 2 * t) = pair(n);
   }
 }
 

@@ -190,8 +190,8 @@ static __global__ void __launch_bounds__(forward_plan<D>::THREADS, 1)
     const int32_t mine = tile.row + warp_row, head = tile.head, end = tile.span.q_end;
     float factor[2];
     qm_finish_rows(rows, factor, lse, shape, mine + g, end, head);
-    qm_store_rows<T>(out + ((int64_t)mine * shape.heads + head) * D, (int64_t)shape.heads * D,
-                     end - mine, gathered, factor);
+    qm_store_rows_wide<T>(out + ((int64_t)mine * shape.heads + head) * D, (int64_t)shape.heads * D,
+                          end - mine, gathered, factor);
   }
 #endif
 }

@@ -212,8 +212,8 @@ static __global__ void __launch_bounds__(THREADS, 1)
     }
     qm_barrier_arrive_warp(&kept_empty);
     const int32_t mine = tile.row + warp_row;
-    qm_store_rows(x.dq + mine * shape.stride_q + (int64_t)tile.head * D, shape.stride_q,
-                  tile.span.q_end - mine, dq, {shape.scale, shape.scale});
+    qm_store_rows_wide(x.dq + mine * shape.stride_q + (int64_t)tile.head * D, shape.stride_q,
+                       tile.span.q_end - mine, dq, {shape.scale, shape.scale});
   }
 #endif
 }

@@ -252,9 +252,10 @@ static __global__ void __launch_bounds__(THREADS, 1)
     if (!plan::ROOM) qm_barrier_arrive_warp(&kept_empty);
     const int32_t mine = tile.row + warp_row, there = tile.span.k_end - mine;
     const int64_t head_at = (int64_t)tile.head * D;
-    qm_store_rows(x.dk + mine * shape.stride_k + head_at, shape.stride_k, there, dk,
-                  {shape.scale, shape.scale});
-    qm_store_rows(x.dv + mine * shape.stride_v + head_at, shape.stride_v, there, dv, {1.0f, 1.0f});
+    qm_store_rows_wide(x.dk + mine * shape.stride_k + head_at, shape.stride_k, there, dk,
+                       {shape.scale, shape.scale});
+    qm_store_rows_wide(x.dv + mine * shape.stride_v + head_at, shape.stride_v, there, dv,
+                       {1.0f, 1.0f});
   }
 #endif
 }
