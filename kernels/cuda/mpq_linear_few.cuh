@@ -30,7 +30,7 @@ struct few_layout {
 
 template <typename T>
 static __global__ __launch_bounds__(FEW_WARPS * 32, 3) void multiply_few(task p) {
-  __shared__ __align__(16) float sums[FEW_WARPS][FEW_ROWS][FEW_COLUMNS];
+  alignas(16) __shared__ float sums[FEW_WARPS][FEW_ROWS][FEW_COLUMNS];
   const int32_t warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
   const int64_t column = (int64_t)blockIdx.x * FEW_COLUMNS + 4 * g;
   const int64_t first = ((int64_t)blockIdx.y * FEW_WARPS + warp) * (32 * FEW_LOADS);
