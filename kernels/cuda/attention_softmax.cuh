@@ -177,8 +177,8 @@ static __device__ __forceinline__ void qm_store_rows(T *out, int64_t stride, int
             qm_pair<T>(acc[n][2 * half] * factor[half], acc[n][2 * half + 1] * factor[half]);
 }
 
-/* The same 16 bytes at a time, for which four lanes exchange words; it takes some registers. COLUMNS
-** is a multiple of 4; all lanes must call. */
+/* The same 16 bytes at a time, for which four lanes exchange words; it takes some registers.
+** COLUMNS is a multiple of 4; all lanes must call. */
 template <typename T, int COLUMNS>
 static __device__ __forceinline__ void qm_store_rows_wide(T *out, int64_t stride, int32_t there,
                                                           const float (&acc)[COLUMNS][4],
