@@ -235,6 +235,11 @@ describe("qm.inspection", function()
     assert.equal(2, (select(2, process.run(command))))
   end)
 
+  it("gives plain data, which nobody adds to", function()
+    process.write(folder .. "/x.safetensors", container("{}", ""))
+    assert.is_nil(getmetatable(qm.inspection.open(folder .. "/x.safetensors")))
+  end)
+
   it("prints no control characters of a file's names", function()
     process.write(folder .. "/x.safetensors",
       container('{"a\\u001b[2J":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}', "x"))

@@ -80,7 +80,7 @@ function M.open(path, options)
   end
   if options.values then check_values(report) end
   made[report] = true
-  return report
+  return setmetatable(report, nil) -- what was found is data: nobody adds to it from here on
 end
 
 ---A report in words.
@@ -89,7 +89,7 @@ end
 ---@return string
 function M.text(report, all)
   if type(report) ~= "table" or not made[report] then
-    check.fail("qm.inspection.text", "report", "a report of qm.inspection.read", report)
+    check.fail("qm.inspection.text", "report", "a report of qm.inspection.open", report)
   end
   return words.text(report, all)
 end

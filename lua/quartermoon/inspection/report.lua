@@ -5,6 +5,7 @@ local files = require("quartermoon.files")
 
 local M = {}
 
+---What `qm.inspection.open` gives, as plain data; its methods are for those who look.
 ---@class qm.InspectionReport
 ---@field path string
 ---@field kind string          "safetensors", "model folder", "checkpoint", "tokenizer", "gguf" ...
