@@ -1,4 +1,5 @@
 -- premake.lua - the CUDA backend's part of premake5.lua: writes build/make/cuda.make.
+-- Code for sm_80 and sm_90a; other GPUs compile the PTX, which costs no pass of its own since it is sm_80's.
 -- $QM_CUDA_ARCHS narrows what is compiled for ("90a" halves the time). Beside each object lies a .log of
 -- what the compiler said, with registers and spills where $QM_CUDA_REPORT is 1: scripts/spills reads it.
 local nvcc_options = {
@@ -6,7 +7,7 @@ local nvcc_options = {
   "-fmad=false", -- as -ffp-contract=off elsewhere
   "-Iengine", "-Ikernels", "-cudart=static",
 }
-for arch in (os.getenv("QM_CUDA_ARCHS") or "80 90a ptx90"):gmatch("%S+") do
+for arch in (os.getenv("QM_CUDA_ARCHS") or "80 90a ptx80"):gmatch("%S+") do
   local ptx = arch:match("^ptx(.*)")
   nvcc_options[#nvcc_options + 1] = ("-gencode=arch=compute_%s,code=%s_%s"):format(ptx or arch,
     ptx and "compute" or "sm", ptx or arch)
