@@ -143,6 +143,15 @@ describe("a tokenizer.json", function()
     end)
     assert.is_true(#tokenizer:ids("a b") > 0)
   end)
+  it("is stopped where its normalizer makes text without end", function()
+    local steps = {}
+    for i = 1, 30 do steps[i] = { type = "Replace", pattern = { String = "a" }, content = "aa" } end
+    local tokenizer = tokenizer_of("gpt2", function(d) d.normalizer = { type = "Sequence", normalizers = steps } end)
+    assert.error_matches(function() tokenizer:ids("a") end, "the normalizer makes more than 4160 bytes", 1, true)
+    for i = 7, 30 do steps[i] = nil end
+    tokenizer = tokenizer_of("gpt2", function(d) d.normalizer = { type = "Sequence", normalizers = steps } end)
+    assert.equal(("a"):rep(64), tokenizer:decode(tokenizer:ids("a")))
+  end)
   it("merges endless pieces in reasonable time", function()
     local tokenizer = tokenizer_of("llama2")
     local start = qm.clock.now()

@@ -26,10 +26,17 @@ local function compile(pattern)
 end
 
 ---------------------------------------------------------------------------------------------------
--- Normalizers: text -> text
+-- Normalizers: text, bytes that it may grow to -> text
 ---------------------------------------------------------------------------------------------------
 
+-- Replacements of what replacements made grow without end; Unicode's own forms grow by 18 at most.
+local GROWTH_MAX, GROWTH_FREE_BYTES = 64, 4096
+
 local normalizers = {}
+local function normalizer(step)
+  local make = normalizers[step.type]
+  return make and make(step) or refuse("a normalizer", step.type)
+end
 for _, form in ipairs({ "NFC", "NFD", "NFKC", "NFKD" }) do
   normalizers[form] = function() return function(text) return unicode.normalize(text, form) end end
 end
@@ -38,12 +45,16 @@ function normalizers.Prepend(step)
 end
 function normalizers.Replace(step)
   local regex, content = compile(step.pattern), step.content
-  return function(text)
-    local parts, at = {}, 0
+  return function(text, bytes_max)
+    local parts, at, size = {}, 0, #text
     while at <= #text do
       local first, stop = regex:find(text, at)
       if not first or stop == first then break end
       parts[#parts + 1], parts[#parts + 2] = text:sub(at + 1, first), content
+      size = size + #content - (stop - first)
+      if size > bytes_max then
+        error(("the normalizer makes more than %d bytes, %d times a text's own"):format(bytes_max, GROWTH_MAX), 0)
+      end
       at = stop
     end
     if at == 0 then return text end
@@ -61,9 +72,9 @@ function normalizers.Strip(step)
 end
 function normalizers.Sequence(step)
   local steps = {}
-  for i, inner in ipairs(step.normalizers or {}) do steps[i] = M.normalizer(inner) end
-  return function(text)
-    for _, apply in ipairs(steps) do text = apply(text) end
+  for i, inner in ipairs(step.normalizers or {}) do steps[i] = normalizer(inner) end
+  return function(text, bytes_max)
+    for _, apply in ipairs(steps) do text = apply(text, bytes_max) end
     return text
   end
 end
@@ -71,8 +82,8 @@ end
 ---@return function|nil  text -> text; nil when there is nothing to do
 function M.normalizer(step)
   if step == nil then return nil end
-  local make = normalizers[step.type]
-  return make and make(step) or refuse("a normalizer", step.type)
+  local apply = normalizer(step)
+  return function(text) return apply(text, GROWTH_MAX * #text + GROWTH_FREE_BYTES) end
 end
 
 ---------------------------------------------------------------------------------------------------
