@@ -308,8 +308,7 @@ typedef struct qm_backend {
   int32_t (*sync)(void *context);
   /* A read that does not wait. snapshot: device memory for a copy of x, so that later kernels may
   ** overwrite x; or NULL, and then they wait. read_ready: 1, 0, or a failure. read_end waits,
-  ** copies
-  ** to host (unless NULL) and releases the reading. NULL: the engine reads at once. */
+  ** copies to host (unless NULL) and releases the reading. NULL: the engine reads at once. */
   int32_t (*read_begin)(void *context, const void *x, void *snapshot, int64_t size_bytes,
                         void **reading);
   int32_t (*read_ready)(void *context, void *reading);

@@ -1,11 +1,9 @@
 /* graph.c - kernel calls recorded once and replayed.
 **
-** A backend that can record does so itself (a CUDA graph); for the others the calls are noted
-** here, arguments
-** and all, and repeated one by one. Either way a replay uses the addresses of the recording. So
-** storages that recorded calls use are held until the graph is released, and memory asked for
-** meanwhile
-** comes from a pool of the graph's own.
+** A backend that can record does so itself (a CUDA graph); for the others the calls are noted here,
+** arguments and all, and repeated one by one. Either way a replay uses the addresses of the
+** recording. So storages that recorded calls use are held until the graph is released, and memory
+** asked for meanwhile comes from a pool of the graph's own.
 */
 #include <stdlib.h>
 #include <string.h>

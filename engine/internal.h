@@ -32,8 +32,7 @@ typedef struct qm__block {
 enum { QM__SIZE_CLASSES = 16 * 48 };
 
 /* A recorded graph's own blocks. Replays use them whatever becomes of the storages that had them,
-** so
-** nobody else gets one before the graph is released. Closed, it hands them to the allocator. */
+** so nobody else gets one before the graph is released. Closed, it hands them to the allocator. */
 typedef struct qm__pool {
   qm__block *free_lists[QM__SIZE_CLASSES];
   int64_t size_bytes;
@@ -199,8 +198,7 @@ int32_t qm__run(const qm_device *device, int32_t kernel, const void *args);
 /* The last checks of a call, then its kernel: run now, or noted in a recording. */
 int32_t qm__dispatch(qm__call *call, int32_t kernel, const void *args);
 /* Run one kernel of the call's device, or say why not. Nothing inside sizeof is evaluated: it lets
-** the
-** compiler check that args are the kernel's. */
+** the compiler check that args are the kernel's. */
 #define QM__DISPATCH(call, kernel, args)                                                           \
   ((void)sizeof((call).device->backend->kernels.kernel(NULL, (args))),                             \
    qm__dispatch(&(call), QM__KERNEL_##kernel, (args)))

@@ -1,8 +1,7 @@
 /* profile.c - time, bytes and floating-point operations of each kernel while a profile runs.
 **
 ** Host kernels are done when their call returns, so the time around the call is theirs. A device
-** that
-** works on while the host goes on times itself: its marks are read when the profile ends.
+** that works on while the host goes on times itself: its marks are read when the profile ends.
 */
 #include <stdio.h>
 #include <stdlib.h>

@@ -407,12 +407,10 @@ int32_t qm_mpq_pack(const qm_mpq *q, const qm_tensor *w, const qm_noise *noise);
 enum { QM_FIT_MINMAX = 0, QM_FIT_MSE = 1 };
 int32_t qm_mpq_fit(const qm_mpq *q, const qm_tensor *w, int32_t method, double range);
 /* Round rows one after the other onto their grids, c = clamp(round((w + zeros) / scales), 0,
-** levels),
-** w = scales c - zeros, and make up for each row's error in those that follow:
-** errors[k] = (w[k] - rounded[k]) / u[k][k]; w[j] -= u[k][j] errors[k] for j > k (GPTQ).
-** w f32 [B, N], in place; u f32 [B, B]; scales, zeros f32 [G, N]; groups i32 [B], each row's;
-** errors
-** f32 [B, N], written. */
+** levels), w = scales c - zeros, and make up for each row's error in those that follow: errors[k] =
+** (w[k] - rounded[k]) / u[k][k]; w[j] -= u[k][j] errors[k] for j > k (GPTQ). w f32 [B, N], in
+** place; u f32 [B, B]; scales, zeros f32 [G, N]; groups i32 [B], each row's; errors f32 [B, N],
+** written. */
 int32_t qm_gptq_rows(const qm_tensor *w, const qm_tensor *u, const qm_tensor *scales,
                      const qm_tensor *zeros, const qm_tensor *groups, const qm_tensor *errors,
                      int32_t levels);

@@ -1,8 +1,7 @@
 /* work.c - what a kernel call must at least move and compute, from its operands alone.
 **
 ** Bytes: every operand once, twice where it is read and written. Floating-point operations: those
-** of
-** matrix products and attention, where they are the cost; 0 elsewhere.
+** of matrix products and attention, where they are the cost; 0 elsewhere.
 */
 #include "internal.h"
 

@@ -71,6 +71,16 @@ describe("every file", function()
     end))
   end)
 
+  it("has comments in C that are wrapped, not broken: no word alone within a paragraph", function()
+    assert_none(complaints(matching(unpack(C)), function(line, number, path)
+      local above, below = lines_of(path)[number - 1] or "", lines_of(path)[number + 1] or ""
+      if line:find("^%s*%*%* %S+$") and below:find("^%s*%*%* %w") and above:find("^%s*[/*]%*+ %S") and
+        width(above) > 60 then
+        return "a word alone"
+      end
+    end))
+  end)
+
   it("has no tabs and no space at the end of a line", function()
     local sources = matching("%.[ch]$", "%.cuh?$", "%.lua$", "^bin/", "^scripts/[%w_-]+$", "^%.ci/run$", "%.md$")
     assert_none(complaints(sources, function(line)

@@ -1,8 +1,7 @@
 /* cross_entropy.cu - loss and gradient of softmax and the negative log-likelihood.
 **
 ** Reference: kernels/reference/cross_entropy.c. A class out of range counts as ignored, and the
-** next
-** call that waits says so.
+** next call that waits says so.
 ** Method:  blocks stay and take row after row. A row is read once: while one is worked on in shared
 **          memory, each thread copies its packs of the next. Rows that do not fit are read twice.
 ** Cost:    reads and writes the logits once: memory bound. 14 operations an element for both

@@ -1,5 +1,5 @@
-/* linalg.cuh - what decompositions in f64 share: memory, cuSOLVER's handle, checks. See linalg.cu.
-** */
+/* linalg.cuh - what decompositions in f64 share: memory, cuSOLVER's handle, checks. See
+** linalg.cu. */
 #ifndef QM_LINALG_CUH
 #define QM_LINALG_CUH
 

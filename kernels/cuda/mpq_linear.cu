@@ -1,12 +1,10 @@
 /* mpq_linear.cu - x W and x W^T for few rows. Reference: kernels/reference/mpq_linear.c, W rounded
-** to
-** x's type.
+** to x's type.
 **
 ** 16-bit x and 4-bit codes in plain order go to tensor cores straight from the packed words; the
 ** rest dequantizes into the workspace and multiplies there.
 ** Cost: the codes' bytes, 29 MB at 4096 x 14336, and for each word of 8 codes 7 integer
-** instructions
-** (up to 16 rows; about 20 beyond), of which a multiprocessor starts 2 a cycle.
+** instructions (up to 16 rows; about 20 beyond), of which a multiprocessor starts 2 a cycle.
 */
 #include "mpq_linear_few.cuh"
 #include "mpq_linear_forward.cuh"

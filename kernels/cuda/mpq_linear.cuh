@@ -7,9 +7,8 @@
 ** Of a block's warps, `wide` stand side by side over the output and the others, `deep` of them,
 ** split the sum; grid.y splits it further. Operands come through a ring of stages that cp.async
 ** fills: each lane's own words, and x for the whole block. At the end the warps' sums meet in
-** shared
-** memory, and those of splits in scratch, where the block that comes last adds them in order: the
-** same bits every time.
+** shared memory, and those of splits in scratch, where the block that comes last adds them in
+** order: the same bits every time.
 */
 #ifndef QM_MPQ_LINEAR_CUH
 #define QM_MPQ_LINEAR_CUH
@@ -36,8 +35,7 @@ struct task {
 static __device__ uint32_t tickets[TICKETS];
 
 /* How a product is cut. A warp has `chunks` pieces of OUTPUTS outputs; a stage holds `vectors` of
-** 16
-** bytes of codes a lane, vectors / chunks of them along the sum, STEP elements each. */
+** 16 bytes of codes a lane, vectors / chunks of them along the sum, STEP elements each. */
 template <typename T_, int TILES, int WARPS, int WIDE, int CHUNKS, int VECTORS, int STAGES,
           int BLOCKS>
 struct shape {

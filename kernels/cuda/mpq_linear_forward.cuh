@@ -1,8 +1,7 @@
 /* mpq_linear_forward.cuh - x W for few rows, W of 4-bit codes: tensor cores take W^T x^T.
 **
 ** A lane (g = lane / 4, t = lane % 4) holds word row t of every four, that is 8 features, of
-** columns
-** 4 g .. 4 g + 3 of each 32: register i of a word pairs features i and i + 4.
+** columns 4 g .. 4 g + 3 of each 32: register i of a word pairs features i and i + 4.
 **
 ** Up to 16 rows, the tensor cores sum code + bias times x, and x itself (times ones); at the end of
 ** a group both sums become W's: scale (sum - (bias + zero) sum of x), in f32. For more rows that

@@ -2,11 +2,9 @@
 **
 ** Reference: kernels/reference/mpq_update.c, equal bit for bit.
 ** Launch:    a thread owns one word row of 4 columns and walks its rows, whose gradients and
-** moments
-**            are 16 bytes each in f32; the next rows are on their way meanwhile. One block of
-** random
-**            bits serves the 4 columns. Codes leave a word at its low end and enter at the high
-** one.
+**            moments are 16 bytes each in f32; the next rows are on their way meanwhile. One block
+**            of random bits serves the 4 columns. Codes leave a word at its low end and enter at
+**            the high one.
 ** Cost:      4 bits, f32 gradient and moments: reads 12.5 and writes 8.5 bytes an element, memory
 **            bound; bf16 moments 8.5 and 4.5 (f32 gradient), where instructions weigh as much.
 */

@@ -1,6 +1,5 @@
-/* norm.cu - rows normalised: RMSNorm (arXiv 1910.07467), LayerNorm (arXiv 1607.06450), forward.
-** A warp or a block takes one row at a time, all of it in registers, and keeps the weights there
-** from
+/* norm.cu - rows normalised: RMSNorm (arXiv 1910.07467), LayerNorm (arXiv 1607.06450), forward. A
+** warp or a block takes one row at a time, all of it in registers, and keeps the weights there from
 ** row to row. Memory bound: x (and the residual) read once, out (and the sum) written once. */
 #include "norm.cuh"
 #include "pack.cuh"
@@ -50,8 +49,7 @@ static __device__ __forceinline__ void load(const qm_cuda_norm &args, int64_t r,
 }
 
 /* NARROW: a warp to a row, blockDim.y rows in a block. The next row is on its way while one is
-** worked
-** on, where registers suffice. */
+** worked on, where registers suffice. */
 template <bool CENTER, typename T, int WIDTH, int PACKS, bool NARROW>
 static __global__ void __launch_bounds__(NARROW ? QM_NORM_THREADS : QM_NORM_THREADS_WIDE)
     norm(qm_cuda_norm args, int packs) {

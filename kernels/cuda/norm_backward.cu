@@ -51,8 +51,7 @@ static __device__ __forceinline__ void put(const float (&x)[PACKS][WIDTH], int p
 }
 
 /* Block b's sums are row b of `sums` [2, blocks, columns]: dweight's, then dbias's. NARROW: a warp
-** to
-** a row, blockDim.y rows in a block. The next row is on its way while one is worked on. */
+** to a row, blockDim.y rows in a block. The next row is on its way while one is worked on. */
 template <bool CENTER, typename T, int WIDTH, int PACKS, bool NARROW>
 static __global__ void __launch_bounds__(NARROW ? QM_NORM_THREADS : QM_NORM_THREADS_WIDE)
     norm_backward(qm_cuda_norm_backward args, int packs, float *sums) {

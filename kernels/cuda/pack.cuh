@@ -1,5 +1,5 @@
-/* pack.cuh - N elements at a time as floats: one access of up to 16 bytes where they lie aligned.
-** */
+/* pack.cuh - N elements at a time as floats: one access of up to 16 bytes where they lie
+** aligned. */
 #ifndef QM_PACK_CUH
 #define QM_PACK_CUH
 

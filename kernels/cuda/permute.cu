@@ -1,8 +1,7 @@
 /* permute.cu - dimensions in another order. Reference: kernels/reference/index.c.
 **
 ** Rows that stay rows are copied in the widest words. Else the last dimension and the one that x
-** walks
-** with stride 1 are exchanged tile by tile through shared memory, two-byte elements in pairs.
+** walks with stride 1 are exchanged tile by tile through shared memory, two-byte elements in pairs.
 */
 #include "dtype.h"
 #include "pack.cuh"
@@ -97,8 +96,8 @@ static __global__ void __launch_bounds__(THREADS)
   }
 }
 
-/* Join dimensions that stay neighbours, moving them to the right; returns the first that is used.
-** */
+/* Join dimensions that stay neighbours, moving them to the right; returns the first that is
+** used. */
 static int join(const qm_permute_args *args, layout *at) {
   *at = {{1, 1, 1, 1}, {0, 0, 0, 0}};
   int to = QM_DIMS_MAX;

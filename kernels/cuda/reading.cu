@@ -1,5 +1,5 @@
-/* reading.cu - reads that do not wait: into pinned memory of their own, with an event behind them.
-** */
+/* reading.cu - reads that do not wait: into pinned memory of their own, with an event behind
+** them. */
 #include <stdlib.h>
 #include <string.h>
 

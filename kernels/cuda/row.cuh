@@ -43,8 +43,7 @@ __device__ __forceinline__ qm_row_sum qm_row_warp_join(qm_row_sum row) {
 }
 
 /* The block's whole, in every thread; `partial`, of 32, is written before the barrier and read
-** behind
-** it. Synchronizes the block. */
+** behind it. Synchronizes the block. */
 __device__ __forceinline__ qm_row_sum qm_row_block_join(qm_row_sum row, qm_row_sum *partial) {
   row = qm_row_warp_join(row);
   if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = row;

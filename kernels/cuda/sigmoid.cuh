@@ -9,8 +9,7 @@
 __device__ __forceinline__ float qm_sigmoid(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
 
 /* 2 sqrt(2 / pi) (x + 0.044715 x^3): (1 + tanh(u)) / 2 is sigmoid(2 u), which keeps its digits
-** where
-** the hyperbolic tangent nears -1. */
+** where the hyperbolic tangent nears -1. */
 __device__ __forceinline__ float qm_gelu_inner(float x) {
   return 1.5957691216f * fmaf(0.044715f * x * x, x, x);
 }

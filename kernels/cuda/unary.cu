@@ -1,6 +1,5 @@
 /* unary.cu - one operation on each element, in f32. Reference: kernels/reference/elementwise.c
-** (which
-** has GELU and SiLU's derivative in f64). */
+** (which has GELU and SiLU's derivative in f64). */
 #include "pack.cuh"
 #include "sigmoid.cuh"
 

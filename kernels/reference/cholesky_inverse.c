@@ -2,10 +2,8 @@
 ** Source: GPTQ, arXiv 2210.17323, which wants the inverse Hessian in this form.
 **
 ** With b, a read from its last row and column to the first, and b = l l^T: a = r r^T for r, l read
-** the
-** same way, which is upper triangular. So inverse(a) = u^T u for u = inverse(r): one factorization
-** and
-** one triangular inverse, and the inverse of a itself is never formed.
+** the same way, which is upper triangular. So inverse(a) = u^T u for u = inverse(r): one
+** factorization and one triangular inverse, and the inverse of a itself is never formed.
 */
 #include <stdlib.h>
 

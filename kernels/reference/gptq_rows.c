@@ -1,10 +1,9 @@
-/* gptq_rows.c - rounding a block of rows one after the other, each one's error made up for by
-** those that
-** follow. Source: GPTQ, arXiv 2210.17323, algorithm 1, for weights that lie [inputs, outputs].
+/* gptq_rows.c - rounding a block of rows one after the other, each one's error made up for by those
+** that follow. Source: GPTQ, arXiv 2210.17323, algorithm 1, for weights that lie [inputs, outputs].
 **
 **   c = clamp(round((w_k + zeros) / scales), 0, levels), of row k's group
-**   e_k = (w_k - (scales c - zeros)) / u_kk;  w_j = w_j - u_kj e_k for j > k;  w_k = scales c -
-** zeros
+**   e_k = (w_k - (scales c - zeros)) / u_kk
+**   w_j = w_j - u_kj e_k for j > k;  w_k = scales c - zeros
 */
 #include "reference.h"
 

@@ -1,12 +1,10 @@
 /* driver.c - libFuzzer drives Lua: the inputs of a target go to spec/fuzz/<target>.lua.
 **
 ** One LuaJIT state lives as long as the process, its compiler off so that every line passes the
-** hook:
-** a line that is reached counts up one of libFuzzer's extra counters, and inputs that reach new
-** lines
-** stay in the corpus just as those do that reach new edges of the engine, whose C is instrumented.
-** What counts as a finding is spec/fuzz/harness.lua's business; here it becomes an abort, which
-** libFuzzer turns into a file with the input.
+** hook: a line that is reached counts up one of libFuzzer's extra counters, and inputs that reach
+** new lines stay in the corpus just as those do that reach new edges of the engine, whose C is
+** instrumented. What counts as a finding is spec/fuzz/harness.lua's business; here it becomes an
+** abort, which libFuzzer turns into a file with the input.
 **
 ** QM_FUZZ_TARGET names the target, QM_FUZZ_FOLDER an empty folder for its files.
 */
@@ -30,8 +28,7 @@ static lua_State *lua;
 static int run; /* the harness's function, in the registry */
 
 /* A file's number, by the address of its name, which Lua keeps as long as its functions: the hash
-** of
-** its text, so that a line counts in the same place in every process. */
+** of its text, so that a line counts in the same place in every process. */
 __attribute__((no_sanitize("address", "undefined", "coverage"))) static uint32_t hash_of_source(
     const char *source) {
   static struct {

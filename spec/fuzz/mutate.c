@@ -1,9 +1,8 @@
 /* mutate.c - mutations that keep JSON in order, beside libFuzzer's own.
 **
 ** Flipped bytes hardly ever leave a JSON text that a parser takes. Here values are exchanged,
-** whole:
-** for another value of the same text, for one that readers stumble over, or for nothing. Where the
-** text is the header of a safetensors file, its length before it follows.
+** whole: for another value of the same text, for one that readers stumble over, or for nothing.
+** Where the text is the header of a safetensors file, its length before it follows.
 */
 #include <stdbool.h>
 #include <stdint.h>

@@ -1,6 +1,5 @@
 /* gptq_rows.c - rounding rows with their errors made up for, a strip of columns at a time, which
-** stays
-** in the cache. Reference: kernels/reference/gptq_rows.c, equal bit for bit (no contraction).
+** stays in the cache. Reference: kernels/reference/gptq_rows.c, equal bit for bit (no contraction).
 **
 ** Columns do not meet, so strips go to threads. Measured: see scripts/bench.
 */

@@ -1,6 +1,5 @@
 /* unary.h - functions of one f32 that loops vectorize: tanh, GELU, and derivatives; within 4 ulp,
-** for
-** these within 1e-6 of a value near 1. */
+** for these within 1e-6 of a value near 1. */
 #ifndef QM_CPU_UNARY_H
 #define QM_CPU_UNARY_H
 

@@ -1,6 +1,5 @@
 /* unary_backward.c - a gradient times an operation's derivative. Reference: elementwise.c there,
-** within
-** the bounds of unary.h. Near memory bound; pow, sin and cos are libm's. */
+** within the bounds of unary.h. Near memory bound; pow, sin and cos are libm's. */
 #include "unary.h"
 
 static void derivative(int32_t op, const float *in, float *out, int64_t n, float p0, float p1) {

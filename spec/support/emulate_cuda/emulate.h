@@ -1,12 +1,10 @@
 /* emulate.h - CUDA's threads on the host. A thread is a fiber; the threads of a block take turns,
-** the
-** blocks of a launch come one after another.
+** the blocks of a launch come one after another.
 **
 ** It does what a GPU may do at worst: background copies arrive as late as they may and spoil their
 ** target at once; shared memory begins as rubbish; threads run in either order. Lanes that wait for
 ** each other for ever, an instruction that a lane of the warp misses, a misaligned address or one
-** out
-** of shared memory end the process with a sentence. Races of other kinds go unseen.
+** out of shared memory end the process with a sentence. Races of other kinds go unseen.
 */
 #ifndef QM_EMULATE_H
 #define QM_EMULATE_H

@@ -38,8 +38,8 @@ struct tiles {
   uint32_t row;
   bool transposed;
 };
-/* Lane l gives row l % 8 of tile l / 8, and gets elements 2 (l % 4) and the next of its row l / 4.
-** */
+/* Lane l gives row l % 8 of tile l / 8, and gets elements 2 (l % 4) and the next of its row l /
+** 4. */
 static void load(void *const *lanes) {
   for (int i = 0; i < 32; i++)
     if (lanes[i] == NULL) die("a lane is missing in ldmatrix");
@@ -68,10 +68,8 @@ struct operands {
   const float *c;
 };
 /* With g = l / 4 and t = l % 4, lane l's words of a are rows g, g + 8 (the odd ones), columns 2t
-** and
-** 2t + 8 (the last two); of b rows 2t and 2t + 8 of column g; of c and d rows g and g + 8 of
-** columns
-** 2t and 2t + 1. Sums are rounded once: the hardware's are not better. */
+** and 2t + 8 (the last two); of b rows 2t and 2t + 8 of column g; of c and d rows g and g + 8 of
+** columns 2t and 2t + 1. Sums are rounded once: the hardware's are not better. */
 template <bool BF16>
 static void mma(void *const *lanes) {
   float a[16][16], b[8][16];

@@ -1,6 +1,5 @@
-/* ptx.h - the PTX instructions that the kernels contain, one function each, operands in PTX's
-** order.
-** Source: PTX ISA 8.5. */
+/* ptx.h - the PTX instructions that the kernels contain, one function each, operands in their order
+** there. Source: PTX ISA 8.5. */
 #ifndef QM_EMULATE_PTX_H
 #define QM_EMULATE_PTX_H
 

@@ -2,12 +2,10 @@
 ** GPU.
 **
 ** It does what the real one may do at worst: queued work runs as late as possible, namely when
-** somebody
-** waits for it. Memory is what malloc gives, poisoned when it comes and when it goes. An
-** asynchronous
-** copy must be between device memory and pinned memory, both still there when it runs, or to the
-** host's ordinary memory, for which the caller waits. What the
-** real one forbids (waiting for a stream that is captured, say) ends the capture or the process.
+** somebody waits for it. Memory is what malloc gives, poisoned when it comes and when it goes. An
+** asynchronous copy must be between device memory and pinned memory, both still there when it runs,
+** or to the host's ordinary memory, for which the caller waits. What the real one forbids (waiting
+** for a stream that is captured, say) ends the capture or the process.
 */
 #include "runtime.h"
 

@@ -1,5 +1,5 @@
-/* cuda.h - what the backend uses of NVIDIA's driver: descriptions of tensors for the copy engine.
-** */
+/* cuda.h - what the backend uses of NVIDIA's driver: descriptions of tensors for the copy
+** engine. */
 #ifndef QM_EMULATED_CUDA_DRIVER_H
 #define QM_EMULATED_CUDA_DRIVER_H
 
