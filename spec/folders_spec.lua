@@ -133,6 +133,52 @@ describe("A model's folder", function()
     assert.same({ bits = 8, group_size = -1 }, dynamic["+:^model\\.layers\\.0\\.mlp\\.up_proj$"])
     assert.truthy(dynamic["-:^model\\.layers\\.0\\.mlp\\.down_proj$"])
     testing.assert_equal(logits(model), logits(load(folder)), "logits")
+    rawset(mlp, "up_proj", qm.nn.QLinear.from(qm.QParam.quantize(w, { w_bit = 4, group_size = 32 })))
+    model:save(folder, { format = "awq", overwrite = true })
+    assert.same({ "model.layers.0.mlp.down_proj" },
+      qm.files.read_json(folder .. "/config.json").quantization_config.modules_to_not_convert)
+    testing.assert_equal(logits(model), logits(load(folder)), "logits")
+  end)
+
+  it("names the layers that vLLM fuses too, where all of their parts are one exception", function()
+    local model, folder = fresh("llama", BASE), root .. "/fused"
+    qm.models.quantize(model, { method = "rtn", grid = "sym", group_size = 32 })
+    local function becomes(parent, name, bits, size)
+      local w = parent[name].weight:dequantize("f32")
+      local q = qm.gptq.quantize(w, nil, { w_bit = bits, group_size = size, grid = "sym" })
+      rawset(parent, name, qm.nn.QLinear.from(q))
+    end
+    local first, second = model.model.layers[1], model.model.layers[2]
+    becomes(first.mlp, "gate_proj", 8, 32)
+    becomes(first.mlp, "up_proj", 8, 32)
+    for _, name in ipairs({ "q_proj", "k_proj", "v_proj" }) do becomes(first.self_attn, name, 4, -1) end
+    becomes(second.mlp, "gate_proj", 8, 32)
+    becomes(second.mlp, "up_proj", 8, -1) -- two grids
+    becomes(second.self_attn, "q_proj", 8, 32) -- alone
+    local k_out = second.self_attn.k_proj.weight.shape[2]
+    for _, name in ipairs({ "k_proj", "v_proj" }) do
+      rawset(second.self_attn, name, qm.nn.Linear.new(64, k_out, { device = testing.device }))
+    end
+    model:save(folder)
+    local dynamic = qm.files.read_json(folder .. "/config.json").quantization_config.dynamic
+    local function rule(sign, path) return dynamic[sign .. "^model\\.layers\\." .. path:gsub("%.", "\\.") .. "$"] end
+    assert.same({ bits = 8, group_size = 32 }, rule("+:", "0.mlp.gate_up_proj"))
+    assert.same({ bits = 4, group_size = -1 }, rule("+:", "0.self_attn.qkv_proj"))
+    assert.same({ bits = 8, group_size = 32 }, rule("+:", "1.self_attn.q_proj"))
+    for _, sign in ipairs({ "+:", "-:" }) do
+      assert.is_nil(rule(sign, "1.mlp.gate_up_proj"))
+      assert.is_nil(rule(sign, "1.self_attn.qkv_proj"))
+    end
+    for _, parent in ipairs({ first.mlp, second.mlp }) do
+      for _, name in ipairs({ "gate_proj", "up_proj" }) do
+        rawset(parent, name, qm.nn.Linear.new(64, 96, { device = testing.device }))
+      end
+    end
+    model:save(folder, { overwrite = true })
+    dynamic = qm.files.read_json(folder .. "/config.json").quantization_config.dynamic
+    assert.truthy(rule("-:", "0.mlp.gate_up_proj"))
+    assert.truthy(rule("-:", "1.mlp.gate_up_proj"))
+    testing.assert_equal(logits(model), logits(load(folder)), "logits")
   end)
 
   it("keeps zero points whichever way they are stored", function()

@@ -156,7 +156,7 @@ local function plan(name, model, kind, o, entries, quantized)
   if kind == "gptq" then
     values.quantization_config = save_config.gptq(quantized, left_dense, export.checkpoint_format)
   end
-  if kind == "awq" then values.quantization_config = save_config.awq(name, quantized) end
+  if kind == "awq" then values.quantization_config = save_config.awq(name, quantized, left_dense) end
   if kind == "exl2" then values.quantization_config = model.published and model.published.quantization_config end
   return list, values
 end
@@ -194,7 +194,9 @@ end
 ---files from the folder that the model came from. It is complete or not there at all.
 ---
 ---Of a GPTQ folder, layers that have another width or group size than most, or none, are exceptions by name in
----the configuration's `dynamic`: GPTQModel and vLLM know such, transformers does not.
+---the configuration's `dynamic`: GPTQModel knows such, and vLLM, where q, k and v, and gate and up, are alike;
+---transformers does not. vLLM 0.32 takes 4 and 8 bits, symmetric, groups of 32, 64, 128 or -1 as they lie (static
+---with act-order); the asymmetric of 4 bits it reads as "awq".
 ---
 ---@param model qm.models.Decoder
 ---@param folder string

@@ -120,31 +120,56 @@ local function common_grid(entries)
   return best
 end
 
+-- Layers that vLLM makes one, and knows by that one's name.
+local FUSED = { qkv_proj = { "q_proj", "k_proj", "v_proj" }, gate_up_proj = { "gate_proj", "up_proj" } }
+
+---The exceptions of a GPTQ folder, by patterns of names. Layers that vLLM fuses are one too, if they agree.
+---@param exceptions table  path to { sign = "+:" another grid or "-:" dense, bits =, group_size = }
+---@return table|nil rules
+local function rules_of(exceptions)
+  local rules = {}
+  local function add(path, e) rules[e.sign .. pattern(path)] = { bits = e.bits, group_size = e.group_size } end
+  for path, e in pairs(exceptions) do
+    add(path, e)
+    for fused, parts in pairs(FUSED) do
+      local parent, agreed = path:match("^(.*%.)" .. parts[1] .. "$"), true
+      for _, part in ipairs(parent and parts or {}) do
+        local other = exceptions[parent .. part]
+        agreed = agreed and other and other.sign == e.sign and other.bits == e.bits
+          and other.group_size == e.group_size
+      end
+      if parent and agreed then add(parent .. fused, e) end
+    end
+  end
+  return next(rules) and rules or nil
+end
+
 ---quantization_config of a GPTQ folder.
 ---@param entries table[]   quantized parameters, of published.parameters
 ---@param left_dense string[]  paths of linear layers of the blocks that are not quantized
 ---@param checkpoint_format string
 function M.gptq(entries, left_dense, checkpoint_format)
-  local common, sym, desc_act, dynamic = common_grid(entries), true, false, {}
+  local common, sym, desc_act, exceptions = common_grid(entries), true, false, {}
   local lm_head = false
   for _, entry in ipairs(entries) do
     local q = entry.param
     if not is_of(q, common) then
-      dynamic["+:" .. pattern(entry.path)] = { bits = q.w_bit, group_size = size_of(q) }
+      exceptions[entry.path] = { sign = "+:", bits = q.w_bit, group_size = size_of(q) }
     end
     sym, desc_act = sym and M.is_symmetric(q), desc_act or q.g_idx ~= nil
     lm_head = lm_head or entry.path == "lm_head"
   end
-  for _, path in ipairs(left_dense) do dynamic["-:" .. pattern(path)] = { bits = common.bits } end
+  for _, path in ipairs(left_dense) do exceptions[path] = { sign = "-:", bits = common.bits } end
   return { quant_method = "gptq", bits = common.bits, group_size = common.group_size, desc_act = desc_act, sym = sym,
     checkpoint_format = checkpoint_format, pack_dtype = "int32", lm_head = lm_head, true_sequential = true,
-    static_groups = false, dynamic = next(dynamic) and dynamic or nil,
+    static_groups = false, dynamic = rules_of(exceptions),
     meta = { quantizer = { "quartermoon:" .. require("quartermoon").VERSION } } }
 end
 
 ---quantization_config of an AWQ folder, which has one group size for all.
 ---@param name string  whose errors these are
-function M.awq(name, entries)
+---@param left_dense string[]  as above
+function M.awq(name, entries, left_dense)
   local common = common_grid(entries)
   for _, entry in ipairs(entries) do
     if not is_of(entry.param, common) then
@@ -152,7 +177,8 @@ function M.awq(name, entries)
         name, entry.path, entry.param.group_size, common.group_size))
     end
   end
-  return { quant_method = "awq", bits = 4, group_size = common.group_size, zero_point = true, version = "gemm" }
+  return { quant_method = "awq", bits = 4, group_size = common.group_size, zero_point = true, version = "gemm",
+    modules_to_not_convert = #left_dense > 0 and left_dense or nil }
 end
 
 return M
