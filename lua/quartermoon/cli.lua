@@ -11,6 +11,7 @@ usage: quartermoon [options] [script.lua [arguments...]]
   quartermoon -e 'print(qm.VERSION)'
                                    run one line, with `qm` at hand; may be repeated
   quartermoon -i ...               then open the prompt
+  quartermoon --device cuda ...    where new tensors go, as with QM_DEVICE
   quartermoon doctor               what this machine has, what it lacks and what to do
   quartermoon inspect PATH         what a model folder or file holds, and what is wrong with it
   quartermoon --version
@@ -86,6 +87,10 @@ local function parse(arguments)
       i = i + 1
       if not arguments[i] then return nil, "-e needs a line of Lua" end
       wish.lines[#wish.lines + 1] = arguments[i]
+    elseif word == "--device" then
+      i = i + 1
+      if not arguments[i] then return nil, "--device needs a device: cpu, reference, cuda, cuda:1" end
+      wish.device = arguments[i]
     elseif word == "-i" then
       wish.interactive = true
     elseif word == "--help" or word == "-h" or word == "--version" or word == "-v" then
@@ -113,6 +118,10 @@ local function act(arguments)
     return 0
   elseif wish.action == "v" then
     return version()
+  end
+  if wish.device then
+    local ok, reason = pcall(require("quartermoon").set_default_device, wish.device)
+    if not ok then return report((reason:gsub("^.-qm%.set_default_device", "--device"))) end
   end
   for _, line in ipairs(wish.lines) do
     local status = run_line(line)
