@@ -7,10 +7,9 @@
 */
 #include "attention_wgmma_dkv.cuh"
 
-/* What qm_weight and the slopes need of every query, [H, RQ]: its lse, and delta = dout . out. */
 template <typename T, int D>
 static __global__ void __launch_bounds__(128)
-    summarize(const T *dout, const T *out, const float *lse, query_row *rows, int32_t rows_q,
+    summarize(const T *dout, const T *out, const float *lse, query_rows rows, int32_t rows_q,
               int32_t heads) {
   constexpr int LANES = D / 8, PER_BLOCK = 128 / LANES;
   const int32_t head = (int32_t)(blockIdx.x % (uint32_t)heads), lane = threadIdx.x % LANES;
@@ -26,25 +25,32 @@ static __global__ void __launch_bounds__(128)
 #pragma unroll
   for (int offset = LANES / 2; offset > 0; offset /= 2)
     sum += __shfl_xor_sync(0xFFFFFFFFu, sum, offset);
-  if (row < rows_q && lane == 0)
-    rows[(int64_t)head * rows_q + row] = make_float2(qm_minus_lse(lse[of]), sum);
+  if (row < rows_q && lane == 0) {
+    rows.minus_lse[head * rows.stride + row] = qm_minus_lse(lse[of]);
+    rows.delta[head * rows.stride + row] = sum;
+  }
 }
 
-/* Tile `item` of queries, those that see the most keys first; steps stays below 0 where there is
-** none. */
+/* Tile `item` of queries, those that see the most keys first; false where there is none. All lanes
+** of a warp ask, the first one writes: registers are short. */
 template <int KEYS>
-static __device__ __forceinline__ void locate_queries(const qm_attention_shape &shape,
+static __device__ __forceinline__ bool locate_queries(const qm_attention_shape &shape,
                                                       uint32_t item, uint32_t tiles,
                                                       kept_tile *tile) {
-  int32_t s;
-  tile->head = (int32_t)(item % (uint32_t)shape.heads);
+  int32_t s, row;
   const int32_t index = (int32_t)(tiles - 1 - item / (uint32_t)shape.heads);
-  if (!qm_attention_locate(shape.cu_q, shape.sequences, KEPT, index, &s, &tile->row)) return;
-  tile->span = qm_attention_span_of(shape, s);
-  qm_attention_keys(shape, tile->span, tile->row, &tile->first, &tile->close);
-  qm_attention_keys(shape, tile->span, min(tile->row + KEPT, tile->span.q_end) - 1, &tile->open,
-                    &tile->end);
-  tile->steps = (max(tile->end - tile->first, 0) + KEYS - 1) / KEYS;
+  if (!qm_attention_locate(shape.cu_q, shape.sequences, KEPT, index, &s, &row)) return false;
+  if (threadIdx.x % 32 != 0) return true;
+  const qm_attention_span span = qm_attention_span_of(shape, s);
+  int32_t first, end;
+  qm_attention_keys(shape, span, row, &first, &tile->close);
+  qm_attention_keys(shape, span, min(row + KEPT, span.q_end) - 1, &tile->open, &end);
+  tile->span = span;
+  tile->head = (int32_t)(item % (uint32_t)shape.heads);
+  tile->row = row;
+  tile->first = first;
+  tile->steps = (max(end - first, 0) + KEYS - 1) / KEYS;
+  return true;
 }
 
 template <typename T, int D>
@@ -57,7 +63,7 @@ static __global__ void __launch_bounds__(THREADS, 1)
   extern __shared__ char unaligned[];
   char *const tile_q = qm_align_tile(unaligned), *const tile_d = tile_q + plan::KEPT_BYTES;
   char *const tile_k = tile_d + plan::KEPT_BYTES, *const tile_v = tile_k + STAGES * BYTES;
-  __shared__ kept_tile next, tiles_at_work[2];
+  __shared__ kept_tile tiles_at_work[4]; /* more than are at work, to be written early */
   __shared__ uint64_t kept_full, kept_empty, full[STAGES], empty[STAGES];
 
   if (threadIdx.x == 0) {
@@ -76,18 +82,13 @@ static __global__ void __launch_bounds__(THREADS, 1)
     if (threadIdx.x >= 32) return;
     int32_t step = 0; /* over all tiles */
     for (uint32_t turn = 0;; turn++) {
-      kept_tile &slot = tiles_at_work[turn % 2];
-      kept_tile tile;
-      tile.steps = -1;
-      while (tile.steps < 0) {
-        const uint32_t item = qm_next_item();
-        if (item >= tiles * (uint32_t)shape.heads) break;
-        locate_queries<KEYS>(shape, item, tiles, &tile);
-      }
-      if (threadIdx.x == 0) next = tile; /* out of the registers, which are short */
+      kept_tile &slot = tiles_at_work[turn % 4];
+      bool found = false;
+      for (uint32_t item; !found && (item = qm_next_item()) < tiles * (uint32_t)shape.heads;)
+        found = locate_queries<KEYS>(shape, item, tiles, &slot);
+      if (!found && threadIdx.x == 0) slot.steps = -1;
+      __syncwarp();
       qm_barrier_wait(&kept_empty, turn % 2 ^ 1);
-      hand_over(&slot, &next);
-      const bool found = slot.steps >= 0;
       if (threadIdx.x == 0) {
         qm_barrier_expect(&kept_full, found ? 2 * plan::KEPT_BYTES : 0);
         if (found) {
@@ -131,15 +132,16 @@ static __global__ void __launch_bounds__(THREADS, 1)
   int32_t step = 0;
   for (uint32_t turn = 0;; turn++) {
     qm_barrier_wait(&kept_full, turn % 2);
-    const kept_tile &tile = tiles_at_work[turn % 2];
+    const kept_tile &tile = tiles_at_work[turn % 4];
     const int32_t steps = tile.steps;
     if (steps < 0) return;
-    query_row rows[2];
+    float minus_lse[2] = {-INFINITY, -INFINITY}, delta[2] = {};
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       const int32_t query = tile.row + warp_row + half * 8 + g;
-      rows[half] = make_float2(-INFINITY, 0.0f);
-      if (query < tile.span.q_end) rows[half] = x.rows[(int64_t)tile.head * shape.rows_q + query];
+      if (query >= tile.span.q_end) continue;
+      minus_lse[half] = x.rows.minus_lse[tile.head * x.rows.stride + query];
+      delta[half] = x.rows.delta[tile.head * x.rows.stride + query];
     }
     float dq[D / 8][4] = {};
     int32_t key = tile.first;
@@ -150,14 +152,14 @@ static __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll
       for (int n = 0; n < KEYS / 8; n++)
 #pragma unroll
-        for (int j = 0; j < 4; j++) scores[n][j] = qm_weight(scores[n][j], scale, rows[j / 2].x);
+        for (int j = 0; j < 4; j++) scores[n][j] = qm_weight(scores[n][j], scale, minus_lse[j / 2]);
     };
     /* DP to dS */
     const auto slope = [&]() {
 #pragma unroll
       for (int n = 0; n < KEYS / 8; n++)
 #pragma unroll
-        for (int j = 0; j < 4; j++) slopes[n][j] = scores[n][j] * (slopes[n][j] - rows[j / 2].y);
+        for (int j = 0; j < 4; j++) slopes[n][j] = scores[n][j] * (slopes[n][j] - delta[j / 2]);
       if (key < tile.open || key + KEYS > tile.close) qm_hide_slopes(slopes, scores);
       key += KEYS;
     };
@@ -228,7 +230,9 @@ static int32_t launch(qm_cuda *cuda, const qm_attention_backward_args *args) {
                        key ? args->kv_heads : args->heads, D, stride, (uint32_t)box);
   };
   maps keep_k, keep_q;
-  query_row *rows;
+  query_rows rows = {};
+  rows.stride = (args->rows_q + plan::QUERIES + ROWS_ALIGNED - 1) / ROWS_ALIGNED * ROWS_ALIGNED;
+  const int64_t numbers = args->heads * rows.stride;
   const int32_t statuses[] = {
       map(&keep_k.q, args->q, false, args->stride_q, plan::QUERIES),
       map(&keep_k.dout, args->dout, false, own, plan::QUERIES),
@@ -246,9 +250,10 @@ static int32_t launch(qm_cuda *cuda, const qm_attention_backward_args *args) {
           cudaFuncSetAttribute(gather_dq<T, D>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                plan::DQ_BYTES),
           "attention_backward"),
-      qm_cuda_scratch(cuda, args->rows_q * args->heads * (int64_t)sizeof *rows, (void **)&rows)};
+      qm_cuda_scratch(cuda, 2 * numbers * (int64_t)sizeof(float), (void **)&rows.minus_lse)};
   for (const int32_t status : statuses)
     if (status != QM_OK) return status;
+  rows.delta = rows.minus_lse + numbers;
   const gradients<T> x = {rows, (T *)args->dq.data, (T *)args->dk.data, (T *)args->dv.data};
   const auto blocks = [&](unsigned tiles, int64_t heads) {
     const int64_t items = tiles * heads;

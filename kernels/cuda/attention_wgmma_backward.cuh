@@ -20,12 +20,17 @@ struct backward_plan {
   static constexpr int DQ_BYTES = 2 * KEPT_BYTES + DQ_STAGES * 2 * KEYS * D * 2 + 1024;
 };
 
-/* What a query's row is to its gradients: x see qm_minus_lse, y delta = dout . out. */
-typedef float2 query_row;
+/* What a query's row is to its gradients, [H, stride] each: its lse, see qm_minus_lse, and delta =
+** dout . out. Bulk copies take multiples of ROWS_ALIGNED, past a head's end too. */
+enum { ROWS_ALIGNED = 4 };
+struct query_rows {
+  float *minus_lse, *delta;
+  int64_t stride;
+};
 
 template <typename T>
 struct gradients {
-  const query_row *rows; /* [H, RQ] */
+  query_rows rows;
   T *dq, *dk, *dv;
 };
 struct maps {
@@ -39,16 +44,6 @@ struct kept_tile {
   int32_t first, end, steps; /* the rows that pass, and in how many steps; < 0: no more tiles */
   int32_t open, close;       /* all rows of the tile meet those from open up to close */
 };
-
-/* Copy a tile's numbers, a lane to each: all lanes of the one warp that fetches. */
-static __device__ __forceinline__ void hand_over(kept_tile *to, const kept_tile *from) {
-  constexpr int WORDS = sizeof(kept_tile) / sizeof(int32_t);
-  static_assert(WORDS <= 32, "a lane to each number");
-  __syncwarp();
-  if (threadIdx.x % 32 < WORDS)
-    ((int32_t *)to)[threadIdx.x % 32] = ((const int32_t *)from)[threadIdx.x % 32];
-  __syncwarp();
-}
 
 /* Where a weight is 0 the slope is too, whatever the rows of others hold. */
 template <int COLUMNS>

@@ -19,6 +19,7 @@ static __device__ __forceinline__ void locate_keys(const qm_attention_shape &sha
   qm_attention_queries(shape, tile->span, tile->row, &tile->first, &tile->close);
   qm_attention_queries(shape, tile->span, min(tile->row + KEPT, tile->span.k_end) - 1, &tile->open,
                        &tile->end);
+  tile->first -= tile->first % ROWS_ALIGNED; /* those before see none of the keys */
   tile->steps =
       (max(tile->end - tile->first, 0) + QUERIES - 1) / QUERIES * (shape.heads / shape.kv_heads);
 }
@@ -34,7 +35,7 @@ static __global__ void __launch_bounds__(THREADS, 1)
   char *const tile_k = qm_align_tile(unaligned), *const tile_v = tile_k + plan::KEPT_BYTES;
   char *const tile_q = tile_v + plan::KEPT_BYTES, *const tile_d = tile_q + STAGES * BYTES;
   __shared__ kept_tile tiles_at_work[2];
-  __shared__ float minus_lses[STAGES][QUERIES], deltas[STAGES][QUERIES];
+  alignas(16) __shared__ float minus_lses[STAGES][QUERIES], deltas[STAGES][QUERIES];
   __shared__ uint64_t kept_full, kept_empty, full[STAGES], empty[STAGES];
   const int32_t shared_by = shape.heads / shape.kv_heads;
 
@@ -42,7 +43,7 @@ static __global__ void __launch_bounds__(THREADS, 1)
     qm_barrier_open(&kept_full, 1);
     qm_barrier_open(&kept_empty, 4 * GROUPS);
     for (int i = 0; i < STAGES; i++) {
-      qm_barrier_open(&full[i], 1 + 32);
+      qm_barrier_open(&full[i], 1);
       qm_barrier_open(&empty[i], 4 * GROUPS);
     }
     qm_barriers_ready();
@@ -75,25 +76,17 @@ static __global__ void __launch_bounds__(THREADS, 1)
       int32_t head = tile.head * shared_by, query = tile.first;
       for (int32_t i = 0; i < tile.steps; i++, step++) {
         const int32_t stage = step % STAGES;
-        query_row mine[QUERIES / 32]; /* asked for before the wait */
-#pragma unroll
-        for (int r = 0; r < QUERIES / 32; r++) {
-          const int32_t of = query + r * 32 + (int32_t)threadIdx.x;
-          mine[r] = make_float2(-INFINITY, 0.0f);
-          if (of < tile.end) mine[r] = x.rows[(int64_t)head * shape.rows_q + of];
-        }
         qm_barrier_wait(&empty[stage], step / STAGES % 2 ^ 1);
         if (threadIdx.x == 0) {
-          qm_barrier_expect(&full[stage], 2 * BYTES);
+          constexpr uint32_t NUMBERS_BYTES = QUERIES * sizeof(float);
+          const int64_t numbers_at = head * x.rows.stride + query;
+          qm_barrier_expect(&full[stage], 2 * BYTES + 2 * NUMBERS_BYTES);
           qm_copy_rows<D, QUERIES>(tile_q + stage * BYTES, &from.q, head, query, &full[stage]);
           qm_copy_rows<D, QUERIES>(tile_d + stage * BYTES, &from.dout, head, query, &full[stage]);
+          qm_copy_bulk(minus_lses[stage], x.rows.minus_lse + numbers_at, NUMBERS_BYTES,
+                       &full[stage]);
+          qm_copy_bulk(deltas[stage], x.rows.delta + numbers_at, NUMBERS_BYTES, &full[stage]);
         }
-#pragma unroll
-        for (int r = 0; r < QUERIES / 32; r++) {
-          minus_lses[stage][r * 32 + threadIdx.x] = mine[r].x;
-          deltas[stage][r * 32 + threadIdx.x] = mine[r].y;
-        }
-        qm_barrier_arrive(&full[stage]);
         query += QUERIES;
         if (query >= tile.end) {
           query = tile.first;
@@ -145,26 +138,25 @@ static __global__ void __launch_bounds__(THREADS, 1)
     int32_t query = tile.first;
     /* Scores to P */
     const auto weigh = [&](int32_t stage) {
-      if (query < tile.open || query + QUERIES > tile.close) {
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-          int32_t seen_first, seen_end;
-          qm_attention_queries(shape, tile.span, tile.row + warp_row + g + 8 * half, &seen_first,
-                               &seen_end);
-#pragma unroll
-          for (int n = 0; n < QUERIES / 8; n++)
-#pragma unroll
-            for (int j = 2 * half; j < 2 * half + 2; j++) {
-              const int32_t of = query + n * 8 + 2 * t + j % 2;
-              if (of < seen_first || of >= seen_end) scores[n][j] = -INFINITY;
-            }
-        }
-      }
 #pragma unroll
       for (int n = 0; n < QUERIES / 8; n++)
 #pragma unroll
         for (int j = 0; j < 4; j++)
           scores[n][j] = qm_weight(scores[n][j], scale, minus_lses[stage][n * 8 + 2 * t + j % 2]);
+      if (query >= tile.open && query + QUERIES <= tile.close) return;
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        int32_t seen_first, seen_end;
+        qm_attention_queries(shape, tile.span, tile.row + warp_row + g + 8 * half, &seen_first,
+                             &seen_end);
+#pragma unroll
+        for (int n = 0; n < QUERIES / 8; n++)
+#pragma unroll
+          for (int j = 2 * half; j < 2 * half + 2; j++) {
+            const int32_t of = query + n * 8 + 2 * t + j % 2;
+            if (of < seen_first || of >= seen_end) scores[n][j] = 0.0f; /* whatever was there */
+          }
+      }
     };
     /* DP to dS */
     const auto slope = [&](int32_t stage) {

@@ -187,6 +187,16 @@ static __device__ __forceinline__ void qm_copy_tile(void *tile, const CUtensorMa
       : "memory");
 }
 
+/* Copy bytes that lie side by side; all three are multiples of 16. */
+static __device__ __forceinline__ void qm_copy_bulk(void *to, const void *from, uint32_t bytes,
+                                                    uint64_t *barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];\n" ::
+          "r"((uint32_t)__cvta_generic_to_shared(to)),
+      "l"(from), "r"(bytes), "r"((uint32_t)__cvta_generic_to_shared(barrier))
+      : "memory");
+}
+
 /* Barriers just opened may be used, by copies too. */
 static __device__ __forceinline__ void qm_barriers_ready() {
   asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async;\n" ::: "memory");

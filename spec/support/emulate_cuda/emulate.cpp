@@ -23,7 +23,7 @@ static const size_t STACK_BYTES = 256 << 10, PAGE = 4096;
 static const uint32_t SHARED_BEGIN = 0x480, SHARED_MOST = 227 << 10;
 /* Addresses of static shared memory begin here, for mbarriers. */
 static const uint32_t STATIC_BEGIN = 0x80000000u;
-static char anchor;
+alignas(1024) static char anchor;
 
 struct warp {
   uint32_t alive, mask, arrived;

@@ -100,14 +100,16 @@ struct barrier {
 };
 static_assert(sizeof(barrier) == 8, "an mbarrier has 64 bits");
 
-struct tensor_copy {
+struct background_copy {
   char *to;
-  const CUtensorMap *map;
+  const CUtensorMap *map; /* of a tensor copy; without it `bytes` from `from` */
   int64_t column, head, row;
   uint32_t swizzle_from; /* the target's shared address */
+  const void *from;
+  uint32_t bytes;
   barrier *report;
 };
-static std::vector<tensor_copy> copies; /* under way */
+static std::vector<background_copy> copies; /* under way */
 
 static barrier *at(uint32_t address) { return (barrier *)shared_memory(address, 8, 8); }
 
@@ -133,11 +135,11 @@ void mbarrier_arrive_expect_tx_shared__cta_b64(uint32_t address, uint32_t bytes)
   mbarrier_arrive_shared__cta_b64(address);
 }
 
-/* ---- tensor copies ---- */
+/* ---- bulk copies ---- */
 
 static const int BOX_ROW_BYTES = 128;
 
-static void arrive(const tensor_copy &copy) {
+static void copy_box(const background_copy &copy) {
   const CUtensorMap &map = *copy.map;
   for (uint32_t r = 0; r < map.box[2]; r++)
     for (uint32_t c = 0; c < map.box[0]; c++) {
@@ -155,7 +157,14 @@ static void arrive(const tensor_copy &copy) {
       const uint32_t swizzled = plain ^ (plain >> 7 & 7) << 4;
       memcpy(copy.to + (swizzled - copy.swizzle_from), &value, 2);
     }
-  copy.report->bytes -= (int32_t)(map.box[2] * BOX_ROW_BYTES);
+}
+
+static void arrive(const background_copy &copy) {
+  if (copy.map != nullptr)
+    copy_box(copy);
+  else
+    memcpy(copy.to, copy.from, copy.bytes);
+  copy.report->bytes -= (int32_t)copy.bytes;
   turn_if_all(copy.report);
 }
 
@@ -163,7 +172,7 @@ static void arrive(const tensor_copy &copy) {
 void mbarrier_try_wait_parity_shared__cta_b64(bool &done, uint32_t address, uint32_t parity) {
   barrier *b = at(address);
   for (size_t i = 0; i < copies.size();) {
-    const tensor_copy copy = copies[i];
+    const background_copy copy = copies[i];
     if (copy.report != b) {
       i++;
       continue;
@@ -182,7 +191,17 @@ void cp_async_bulk_tensor_3d_shared__cluster_global_mbarrier__complete_tx__bytes
   if (to % 1024 != 0) die("a swizzled tile begins at %#x", to);
   char *target = shared_memory(to, bytes, 128);
   memset(target, 0xFF, bytes);
-  copies.push_back({target, map, column, head, row, to, at(barrier)});
+  copies.push_back({target, map, column, head, row, to, nullptr, bytes, at(barrier)});
+}
+
+void cp_async_bulk_shared__cluster_global_mbarrier__complete_tx__bytes(uint32_t to,
+                                                                       const void *from,
+                                                                       uint32_t bytes,
+                                                                       uint32_t barrier) {
+  if ((uintptr_t)from % 16 != 0 || bytes % 16 != 0) die("a bulk copy of no whole 16 bytes");
+  char *target = shared_memory(to, bytes, 16);
+  memset(target, 0xFF, bytes);
+  copies.push_back({target, nullptr, 0, 0, 0, 0, from, bytes, at(barrier)});
 }
 
 static CUresult encode(CUtensorMap *out, int, uint32_t, void *data, const uint64_t *extents,

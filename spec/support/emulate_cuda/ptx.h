@@ -123,6 +123,10 @@ void mbarrier_try_wait_parity_shared__cta_b64(bool &done, uint32_t barrier, uint
 void cp_async_bulk_tensor_3d_shared__cluster_global_mbarrier__complete_tx__bytes(
     uint32_t to, const CUtensorMap *map, int32_t column, int32_t head, int32_t row,
     uint32_t barrier);
+void cp_async_bulk_shared__cluster_global_mbarrier__complete_tx__bytes(uint32_t to,
+                                                                       const void *from,
+                                                                       uint32_t bytes,
+                                                                       uint32_t barrier);
 inline void fence_mbarrier_init_release_cluster() {}
 inline void fence_proxy_async() {}
 inline void setmaxnreg_inc_sync_aligned_u32(int) {}
