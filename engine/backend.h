@@ -133,6 +133,10 @@ typedef struct qm_rope_args {
   int64_t rows, heads, head_size, position_count;
   int32_t inverse;
 } qm_rope_args;
+typedef struct qm_rope_append_args {
+  qm_array q, k, v, cos, sin, positions, places, out, keys, values;
+  int64_t rows, heads, kv_heads, head_size, position_count, place_count;
+} qm_rope_append_args;
 typedef struct qm_swiglu_args {
   qm_array gate, up, out;
 } qm_swiglu_args;
@@ -283,7 +287,8 @@ typedef struct qm_gptq_rows_args {
   X(unary_backward)                                                                                \
   X(scatter)                                                                                       \
   X(cholesky_inverse)                                                                              \
-  X(gptq_rows)
+  X(gptq_rows)                                                                                     \
+  X(rope_append)
 
 typedef qm_gather_args qm_scatter_add_args;
 typedef qm_gather_args qm_scatter_args;

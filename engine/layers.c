@@ -85,16 +85,22 @@ int32_t qm_layer_norm_backward(const qm_tensor *dout, const qm_tensor *sum, cons
   return QM__DISPATCH(call, layer_norm_backward, &args);
 }
 
+/* Heads of two halves, D/2 each. */
+static int64_t require_halves(qm__call *call, const char *argument) {
+  const int64_t head_size = qm__size(call, "D");
+  qm__require(call, head_size % 2 == 0, "argument '%s': expected an even D, got D=%lld", argument,
+              (long long)head_size);
+  qm__bind(call, "D/2", head_size / 2);
+  return head_size;
+}
+
 /* The positions' values lie in device memory, so the kernels check those. */
 int32_t qm_rope(const qm_tensor *x, const qm_tensor *cos, const qm_tensor *sin,
                 const qm_tensor *positions, const qm_tensor *out, int32_t inverse) {
   qm__call call = qm__begin("qm_rope");
   qm_rope_args args;
   qm__operand(&call, "x", x, "float [R, H, D]", QM__READ, &args.x);
-  const int64_t head_size = qm__size(&call, "D");
-  qm__require(&call, head_size % 2 == 0, "argument 'x': expected an even D, got D=%lld",
-              (long long)head_size);
-  qm__bind(&call, "D/2", head_size / 2);
+  const int64_t head_size = require_halves(&call, "x");
   qm__operand(&call, "cos", cos, "f32 [P, D/2]", QM__READ, &args.cos);
   qm__operand(&call, "sin", sin, "f32 [P, D/2]", QM__READ, &args.sin);
   qm__operand(&call, "positions", positions, "i32 [R]", QM__READ, &args.positions);
@@ -105,6 +111,32 @@ int32_t qm_rope(const qm_tensor *x, const qm_tensor *cos, const qm_tensor *sin,
   args.position_count = qm__size(&call, "P");
   args.inverse = inverse;
   return QM__DISPATCH(call, rope, &args);
+}
+
+int32_t qm_rope_append(const qm_tensor *q, const qm_tensor *k, const qm_tensor *v,
+                       const qm_tensor *cos, const qm_tensor *sin, const qm_tensor *positions,
+                       const qm_tensor *places, const qm_tensor *out, const qm_tensor *keys,
+                       const qm_tensor *values) {
+  qm__call call = qm__begin("qm_rope_append");
+  qm_rope_append_args args;
+  qm__operand(&call, "q", q, "float [R, H, D]", QM__READ, &args.q);
+  const int64_t head_size = require_halves(&call, "q");
+  qm__operand(&call, "k", k, "=q [R, HK, D]", QM__READ, &args.k);
+  qm__operand(&call, "v", v, "=q [R, HK, D]", QM__READ, &args.v);
+  qm__operand(&call, "cos", cos, "f32 [P, D/2]", QM__READ, &args.cos);
+  qm__operand(&call, "sin", sin, "f32 [P, D/2]", QM__READ, &args.sin);
+  qm__operand(&call, "positions", positions, "i32 [R]", QM__READ, &args.positions);
+  qm__operand(&call, "places", places, "i32 [R]", QM__READ, &args.places);
+  qm__operand(&call, "out", out, "=q [R, H, D]", QM__IN_PLACE, &args.out);
+  qm__operand(&call, "keys", keys, "=q [V, HK, D]", QM__WRITE, &args.keys);
+  qm__operand(&call, "values", values, "=q [V, HK, D]", QM__WRITE, &args.values);
+  args.rows = qm__size(&call, "R");
+  args.heads = qm__size(&call, "H");
+  args.kv_heads = qm__size(&call, "HK");
+  args.head_size = head_size;
+  args.position_count = qm__size(&call, "P");
+  args.place_count = qm__size(&call, "V");
+  return QM__DISPATCH(call, rope_append, &args);
 }
 
 int32_t qm_swiglu(const qm_tensor *gate, const qm_tensor *up, const qm_tensor *out) {

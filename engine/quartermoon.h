@@ -277,6 +277,13 @@ int32_t qm_layer_norm_backward(const qm_tensor *dout, const qm_tensor *sum,
 ** cos, sin f32 [P, D/2]; positions i32 [R], each in [0, P). arXiv 2104.09864, Llama layout. */
 int32_t qm_rope(const qm_tensor *x, const qm_tensor *cos, const qm_tensor *sin,
                 const qm_tensor *positions, const qm_tensor *out, int32_t inverse);
+/* A step of generation, in one pass: out = q turned as by qm_rope, keys[places[r]] = k[r] turned,
+** values[places[r]] = v[r]. q, out [R, H, D], may be one tensor; k, v [R, HK, D]; keys, values
+** [V, HK, D]; cos, sin, positions as above; places i32 [R], each in [0, V), none twice. */
+int32_t qm_rope_append(const qm_tensor *q, const qm_tensor *k, const qm_tensor *v,
+                       const qm_tensor *cos, const qm_tensor *sin, const qm_tensor *positions,
+                       const qm_tensor *places, const qm_tensor *out, const qm_tensor *keys,
+                       const qm_tensor *values);
 /* out = silu(gate) * up; same shapes. arXiv 2002.05202. */
 int32_t qm_swiglu(const qm_tensor *gate, const qm_tensor *up, const qm_tensor *out);
 int32_t qm_swiglu_backward(const qm_tensor *dout, const qm_tensor *gate, const qm_tensor *up,

@@ -70,6 +70,12 @@ qm__work qm__work_of(const qm__call *call, int32_t kernel, const void *args) {
       work.bytes = 2.0 * array_bytes(&((const qm_scatter_args *)args)->x) +
                    array_bytes(&((const qm_scatter_args *)args)->index);
       break;
+    case QM__KERNEL_rope_append: { /* writes rows of keys and values, not all */
+      const qm_rope_append_args *append = args;
+      work.bytes =
+          2.0 * (array_bytes(&append->q) + array_bytes(&append->k) + array_bytes(&append->v));
+      break;
+    }
     case QM__KERNEL_adamw:
     case QM__KERNEL_mpq_update:
     case QM__KERNEL_mpq_update_bie: work.bytes += written; break; /* in place, all of it */

@@ -10,6 +10,66 @@ local function scrambled(rows, count)
   return qm.tensor(values, { dtype = "i32", device = "reference" })
 end
 
+describe("qm.rope_append", function()
+  ---@param sizes table  R, H, HK, D, V
+  local function operands(sizes, dtype)
+    local rows, heads, kv_heads, size, room = unpack(sizes)
+    local cos, sin = qm.rope_tables(size, 11, 10000, reference)
+    local places = {}
+    for r = 1, rows do places[r] = (r * 5 + 2) % room end
+    local function draw(...) return qm.randn({ ... }, reference):to(dtype) end
+    return { draw(rows, heads, size), draw(rows, kv_heads, size), draw(rows, kv_heads, size), cos, sin,
+      scrambled(rows, 11), qm.tensor(places, { dtype = "i32", device = "reference" }), draw(room, kv_heads, size),
+      draw(room, kv_heads, size) }
+  end
+
+  for _, dtype in ipairs({ "f32", "bf16", "f16" }) do
+    it("turns queries, and puts keys, turned, and values to their places, in " .. dtype, function()
+      for _, sizes in ipairs({ { 1, 1, 1, 2, 1 }, { 3, 4, 2, 6, 7 }, { 1, 32, 8, 128, 64 }, { 17, 9, 3, 80, 18 },
+        { 2, 300, 2, 16, 3 }, { 2, 2, 1, 2050, 4 }, { 0, 2, 1, 4, 3 } }) do
+        for _, move in ipairs({ false, testing.shifted }) do
+          local all = operands(sizes, dtype)
+          local moved = {}
+          for i, x in ipairs(all) do
+            moved[i] = x:to(testing.device)
+            if move then moved[i] = move(moved[i]) end
+          end
+          local q, k, v, cos, sin, positions, places, keys, values = unpack(all)
+          local out = qm.rope_append(unpack(moved))
+          local bound = dtype == "f32" and 1e-6 or 2 ^ -8
+          testing.assert_close(qm.rope(q, cos, sin, positions), out, bound)
+          local function placed(x, kept)
+            local flat = { kept.shape[1], kept.shape[2] * kept.shape[3] }
+            qm.scatter(x:reshape(x.shape[1], flat[2]), places, kept:view_as("spec", flat))
+            return kept
+          end
+          testing.assert_close(placed(qm.rope(k, cos, sin, positions), keys), moved[8], bound)
+          testing.assert_close(placed(v, values), moved[9], 0)
+        end
+      end
+    end)
+  end
+
+  it("says what does not fit", function()
+    local function append(change)
+      local all = operands({ 2, 4, 2, 8, 3 }, "f32")
+      for i = 1, #all do all[i] = all[i]:to(testing.device) end
+      change(all)
+      return function() qm.rope_append(unpack(all)) end
+    end
+    local function numbers(x) return qm.tensor(x, { dtype = "i32" }) end
+    assert.error_matches(append(function(all) all[2] = qm.ones({ 2, 2, 6 }) end), "argument 'k'", 1, true)
+    assert.error_matches(append(function(all) all[9] = qm.ones({ 4, 2, 8 }) end), "argument 'values'", 1, true)
+    assert.error_matches(append(function(all) all[1] = all[1]:requires_gradient() end),
+      "argument 'q': expected a tensor that needs no gradient", 1, true)
+    testing.assert_refused_late(append(function(all) all[7] = numbers({ 0, 3 }) end),
+      "argument 'places': expected places from 0 to 2, got 3 in row 1", "rope_append: index 3 is outside 0 .. 2")
+    testing.assert_refused_late(append(function(all) all[6] = numbers({ 0, 11 }) end),
+      "argument 'positions': expected positions from 0 to 10, got 11 in row 1",
+      "rope_append: index 11 is outside 0 .. 10")
+  end)
+end)
+
 describe("qm.rope", function()
   it("turns (x_i, x_{i+D/2}) by position * theta^(-2i/D)", function()
     local cos, sin = qm.rope_tables(4, 3, 100)

@@ -155,6 +155,7 @@ extern "C" __attribute__((visibility("default"))) const qm_backend *qm_backend_e
   kernels->rms_norm = qm_cuda_rms_norm;
   kernels->rms_norm_backward = qm_cuda_rms_norm_backward;
   kernels->rope = qm_cuda_rope;
+  kernels->rope_append = qm_cuda_rope_append;
   kernels->scatter = qm_cuda_scatter;
   kernels->scatter_add = qm_cuda_scatter_add;
   kernels->softmax = qm_cuda_softmax;

@@ -26,7 +26,8 @@ double qm_reference_damped(const qm_cholesky_inverse_args *args);
 int32_t qm_reference_not_positive(int64_t row);
 int32_t qm_reference_check_targets(const qm_cross_entropy_args *args);
 double qm_reference_loss_scale(const qm_cross_entropy_args *args);
-int32_t qm_reference_check_positions(const qm_rope_args *args);
+/* Raise unless all of the i32 numbers are from 0 to count - 1. */
+int32_t qm_reference_check_rows(const char *argument, const qm_array *numbers, int64_t count);
 
 /* Host memory for host backends: 64-byte aligned, huge pages where they help. */
 int32_t qm_reference_allocate(void *context, int64_t size_bytes, void **memory);

@@ -56,6 +56,10 @@ return function(qm, device)
     { "qm.layer_norm", function() return leaf(3, 16), leaf(16), leaf(16), 1e-5 end },
     { "qm.add_layer_norm", function() return leaf(3, 16), randn(3, 16), leaf(16), leaf(16), 1e-5 end },
     { "qm.rope_tables", function() return 8, 16, 10000 end },
+    { "qm.rope_append", function()
+      return randn(2, 4, 8), randn(2, 2, 8), randn(2, 2, 8), randn(16, 4), randn(16, 4), ints({ 0, 15 }),
+        ints({ 2, 0 }), randn(3, 2, 8), randn(3, 2, 8)
+    end },
     { "qm.rope", function() return leaf(3, 2, 8), randn(16, 4), randn(16, 4), ints({ 0, 15, 3 }) end },
     { "qm.swiglu", function() return leaf(3, 5), leaf(3, 5) end },
     { "qm.attention", function()

@@ -24,6 +24,7 @@ void QM_CPU(level)(qm_kernels *kernels) {
   kernels->rms_norm = QM_CPU(rms_norm);
   kernels->rms_norm_backward = QM_CPU(rms_norm_backward);
   kernels->rope = QM_CPU(rope);
+  kernels->rope_append = QM_CPU(rope_append);
   kernels->cross_entropy = QM_CPU(cross_entropy);
   kernels->permute = QM_CPU(permute);
   kernels->random = QM_CPU(random);

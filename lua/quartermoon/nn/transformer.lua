@@ -139,9 +139,14 @@ function Attention:forward(x, context, kept)
   local q = self:split(self.q_proj(x), self.heads, self.q_norm)
   local k = self:split(self.k_proj(x), self.kv_heads, self.k_norm)
   local v = self:split(self.v_proj(x), self.kv_heads)
-  q = qm.rope(q, context.cos, context.sin, context.positions)
-  k = qm.rope(k, context.cos, context.sin, context.positions)
-  if kept then k, v = kept:append(k, v, context.places) end
+  if kept and context.places then
+    q = qm.rope_append(q, k, v, context.cos, context.sin, context.positions, context.places, kept.k, kept.v)
+    k, v = kept.k, kept.v
+  else
+    q = qm.rope(q, context.cos, context.sin, context.positions)
+    k = qm.rope(k, context.cos, context.sin, context.positions)
+    if kept then k, v = kept:append(k, v) end
+  end
   local out = qm.attention(q, k, v, context.cu_q, context.cu_k, { window = self.window or context.window })
   return self.o_proj(out:reshape(x.shape[1], self.heads * self.head_size))
 end

@@ -1,12 +1,12 @@
 ---The transformer's layers without norms and attention: forward (one kernel call) next to backward.
 
+local autograd = require("quartermoon.autograd")
 local binding = require("quartermoon.ffi")
 local check = require("quartermoon.check")
 local host_buffer = require("quartermoon.host_buffer")
 local rope_scaling = require("quartermoon.rope_scaling")
 local tensors = require("quartermoon.tensor")
-local record = require("quartermoon.autograd").record
-local lib = binding.lib
+local lib, record = binding.lib, autograd.record
 
 local M = {}
 
@@ -32,6 +32,38 @@ function M.rope(x, cos, sin, positions)
     binding.check(lib.qm_rope(dout.desc, cos.desc, sin.desc, positions.desc, dx.desc, 1), name)
     return dx
   end)
+end
+
+---A step of generation in one pass: q turned as by qm.rope; k, turned, and v go to their places among the
+---keys and values that are kept. No gradients.
+---
+---@param q qm.Tensor          float [R, H, D], D even
+---@param k qm.Tensor          q's type, [R, HK, D]
+---@param v qm.Tensor          the same
+---@param cos qm.Tensor        f32 [P, D/2]; see qm.rope_tables
+---@param sin qm.Tensor        f32 [P, D/2]
+---@param positions qm.Tensor  i32 [R], from 0 to P - 1
+---@param places qm.Tensor     i32 [R], from 0 to V - 1, none twice
+---@param keys qm.Tensor       q's type, [V, HK, D], overwritten where places point
+---@param values qm.Tensor     the same
+---@return qm.Tensor           q turned
+---@raise when types or shapes do not fit, a number is out of range, or a tensor needs gradients
+function M.rope_append(q, k, v, cos, sin, positions, places, keys, values)
+  local name = "qm.rope_append"
+  local descs = {}
+  for i, operand in ipairs({ { "q", q }, { "k", k }, { "v", v }, { "cos", cos }, { "sin", sin },
+    { "positions", positions }, { "places", places }, { "keys", keys }, { "values", values } }) do
+    descs[i] = check.desc(name, operand[1], operand[2])
+  end
+  for argument, x in pairs({ q = q, k = k, v = v }) do
+    if autograd.needs_grad(x) then
+      check.fail(name, argument, "a tensor that needs no gradient (see qm.no_grad)", x)
+    end
+  end
+  local out = q:empty_like()
+  binding.check(lib.qm_rope_append(descs[1], descs[2], descs[3], descs[4], descs[5], descs[6], descs[7], out.desc,
+    keys:writable(name).desc, values:writable(name).desc), name, out)
+  return out
 end
 
 local function check_scaling(name, scaling)
