@@ -39,6 +39,11 @@ local CASES = {
   { q = { 150 }, k = { 170 }, h = 1, hk = 1, d = 128, options = { window = 3 } },
   { q = { 1, 130, 257, 64 }, k = { 1, 130, 300, 64 }, h = 4, hk = 2, d = 128, options = { window = 100 } },
   { q = { 200, 65 }, k = { 260, 65 }, h = 6, hk = 2, d = 64, options = { causal = false } },
+  { q = { 1, 0, 1, 0, 3 }, k = { 300, 212, 5, 0, 413 }, h = 8, hk = 2, d = 128 }, -- decoding with a cache
+  { q = { 1 }, k = { 520 }, h = 8, hk = 2, d = 128 }, -- keys split over blocks
+  { q = { 1, 0 }, k = { 130, 70 }, h = 4, hk = 1, d = 64, options = { window = 129 } },
+  { q = { 2, 5 }, k = { 500, 3 }, h = 16, hk = 1, d = 64, options = { window = 300 } },
+  { q = { 5 }, k = { 260 }, h = 6, hk = 2, d = 128, options = { causal = false, scale = 0.2 } },
   { q = { 90 }, k = { 99 }, h = 1, hk = 1, d = 130, options = { window = 64, causal = false } },
 }
 
@@ -118,12 +123,18 @@ describe("qm.attention", function()
 
   for _, dtype in ipairs({ "f32", "bf16" }) do
     it("keeps a NaN in its own row, in " .. dtype, function()
-      local values = {}
-      for r = 1, 40 do values[r] = { { r == 7 and 0 / 0 or r / 40, 1 } } end
-      local q, k = qm.tensor(values, { dtype = dtype }), qm.ones({ 40, 1, 2 }, { dtype = dtype })
-      local cu = i32({ 0, 40 }, testing.device)
-      for r, row in ipairs(qm.attention(q, k, k, cu, cu):totable()) do
-        assert.equal(r == 7, row[1][1] ~= row[1][1])
+      for _, size in ipairs({ { 40, 2 }, { 40, 64 }, { 150, 128 } }) do
+        local rows, d = unpack(size)
+        local values = {}
+        for r = 1, rows do
+          values[r] = { {} }
+          for i = 1, d do values[r][1][i] = r == 7 and 0 / 0 or r / rows end
+        end
+        local q, k = qm.tensor(values, { dtype = dtype }), qm.ones({ rows, 1, d }, { dtype = dtype })
+        local cu = i32({ 0, rows }, testing.device)
+        for r, row in ipairs(qm.attention(q, k, k, cu, cu):totable()) do
+          assert.equal(r == 7, row[1][1] ~= row[1][1])
+        end
       end
     end)
   end

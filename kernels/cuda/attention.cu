@@ -3,29 +3,18 @@
 #include <string.h>
 
 #include "attention.cuh"
+#include "attention_few.h"
 #include "attention_mma.h"
 #include "attention_rows.h"
 #include "attention_wgmma.h"
 
-/* Offsets ascend from 0 to the row count: note the first that does not. */
-static __global__ void check_offsets(const int32_t *cu, int32_t count, int32_t rows,
-                                     qm_cuda_late *late) {
-  for (int32_t s = threadIdx.x; s < count; s += blockDim.x) {
-    const int32_t low = s == 0 ? 0 : cu[s - 1], high = s == 0 ? 0 : rows;
-    const bool fits = cu[s] >= low && cu[s] <= high && (s < count - 1 || cu[s] == rows);
-    if (!fits) qm_index_fits(late, QM_CUDA_OP_attention, -1 - s, 0);
-  }
+static __global__ void check_offsets(qm_attention_shape shape, qm_cuda_late *late) {
+  qm_attention_check(shape, late);
 }
 
 template <typename Args>
 static int32_t check(qm_cuda *cuda, const Args *args) {
-  check_offsets<<<1, 32, 0, cuda->compute>>>((const int32_t *)args->cu_q.data,
-                                             (int32_t)args->cu_q.count, (int32_t)args->rows_q,
-                                             cuda->late_device);
-  if (args->cu_k.data != args->cu_q.data || args->rows_k != args->rows_q)
-    check_offsets<<<1, 32, 0, cuda->compute>>>((const int32_t *)args->cu_k.data,
-                                               (int32_t)args->cu_k.count, (int32_t)args->rows_k,
-                                               cuda->late_device);
+  check_offsets<<<1, 64, 0, cuda->compute>>>(qm_attention_shape_of(args), cuda->late_device);
   return qm_cuda_launched(cuda, "attention");
 }
 
@@ -52,6 +41,7 @@ static bool suits_wgmma(const qm_cuda *cuda, const Args *args) {
 int32_t qm_cuda_attention(void *context, const qm_attention_args *args) {
   QM_CUDA_ENTER(context);
   if (args->sequences == 0 || args->rows_q == 0) return QM_OK;
+  if (suits_mma(args) && qm_cuda_attention_is_few(args)) return qm_cuda_attention_few(cuda, args);
   if (const int32_t status = check(cuda, args)) return status;
   if (!suits_mma(args)) return qm_cuda_attention_rows(cuda, args);
   return suits_wgmma(cuda, args) ? qm_cuda_attention_wgmma(cuda, args)

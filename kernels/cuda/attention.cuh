@@ -32,6 +32,19 @@ static inline qm_attention_shape qm_attention_shape_of(const Args *args) {
           args->options.window};
 }
 
+/* Offsets ascend from 0 to the row count: note the first that does not. A block's threads call. */
+static __device__ __forceinline__ void qm_attention_check(const qm_attention_shape &shape,
+                                                          qm_cuda_late *late) {
+  const int32_t count = shape.sequences + 1;
+  for (int32_t i = (int32_t)threadIdx.x; i < 2 * count; i += (int32_t)blockDim.x) {
+    const int32_t s = i % count, *cu = i < count ? shape.cu_q : shape.cu_k;
+    const int32_t rows = i < count ? shape.rows_q : shape.rows_k;
+    const int32_t low = s == 0 ? 0 : cu[s - 1], high = s == 0 ? 0 : rows;
+    const bool fits = cu[s] >= low && cu[s] <= high && (s < count - 1 || cu[s] == rows);
+    if (!fits) qm_index_fits(late, QM_CUDA_OP_attention, -1 - s, 0);
+  }
+}
+
 /* Where sequence s lies. Offsets that do not ascend were noted by the check kernel; clamping keeps
 ** every access inside the tensors meanwhile. */
 typedef struct qm_attention_span {
