@@ -155,6 +155,14 @@ describe("qm_mpq_linear", function()
     end)
   end
 
+  it("takes sums that are cut into parts", function()
+    for i, rows in ipairs({ 3, 12, 17, 40, 64 }) do
+      local dtype = i % 2 == 0 and "bf16" or "f16"
+      parity(mpq.random(1056, 224, { group_size = 96, asym = i % 3 > 0, dtype = dtype }), dtype, rows)
+      parity(mpq.random(608, 544, { group_size = 32, dtype = "f16" }), dtype, rows)
+    end
+  end)
+
   it("takes any number of rows, and shapes that fill no block", function()
     for _, rows in ipairs({ 0, 1, 7, 8, 16, 17, 31, 33, 64, 65 }) do
       parity(mpq.random(288, 224, { group_size = 64, dtype = "bf16" }), "bf16", rows)

@@ -1,7 +1,4 @@
 /* attention.cu - which of the attention kernels runs; the check of the offsets. */
-#include <stdlib.h>
-#include <string.h>
-
 #include "attention.cuh"
 #include "attention_few.h"
 #include "attention_mma.h"
@@ -29,13 +26,10 @@ static bool suits_mma(const Args *args) {
          (args->stride_q | args->stride_k | args->stride_v) % 8 == 0;
 }
 
-/* Hopper's own kernels: of those, the head sizes in whole tiles of 64. QM_CUDA_WGMMA=0 does
-** without. */
+/* Hopper's own kernels take the head sizes in whole tiles of 64. */
 template <typename Args>
 static bool suits_wgmma(const qm_cuda *cuda, const Args *args) {
-  const char *wanted = getenv("QM_CUDA_WGMMA");
-  return (wanted == NULL || strcmp(wanted, "0") != 0) && cuda->capability == 90 &&
-         (args->head_size == 64 || args->head_size == 128);
+  return cuda->has_wgmma && (args->head_size == 64 || args->head_size == 128);
 }
 
 int32_t qm_cuda_attention(void *context, const qm_attention_args *args) {

@@ -8,7 +8,6 @@
 ** bits every time. Source: Dao et al., Flash-Decoding, 2023.
 */
 #include "attention_few.h"
-
 #include "attention_softmax.cuh"
 
 enum {

@@ -55,7 +55,8 @@ static int32_t open_parts(void *context) {
     return qm_cuda_host->fail(QM_E_DEVICE,
                               "cuda: %s has compute capability %d.%d, at least 8.0 is needed",
                               properties.name, properties.major, properties.minor);
-  const char *wait_each = getenv("QM_CUDA_SYNC");
+  const char *wgmma = getenv("QM_CUDA_WGMMA"), *wait_each = getenv("QM_CUDA_SYNC");
+  cuda->has_wgmma = cuda->capability == 90 && (wgmma == NULL || strcmp(wgmma, "0") != 0);
   cuda->wait_each = wait_each != NULL && strcmp(wait_each, "1") == 0;
   snprintf(cuda->description, sizeof cuda->description,
            "%.120s, compute capability %d.%d, %.0f GiB", properties.name, properties.major,

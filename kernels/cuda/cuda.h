@@ -39,6 +39,7 @@ typedef struct qm_cuda {
   void *solver, *triangles;         /* cuSOLVER's handle and cuBLAS's, made when first used */
   const char *last;                 /* the operation queued last */
   bool recording;                   /* the compute stream is being captured */
+  bool has_wgmma;                   /* takes Hopper's own kernels; not with $QM_CUDA_WGMMA=0 */
   bool wait_each;                   /* $QM_CUDA_SYNC=1: wait after every launch, for exact errors */
   char description[192];
 } qm_cuda;

@@ -9,6 +9,7 @@
 #include "mpq_linear_few.cuh"
 #include "mpq_linear_forward.cuh"
 #include "mpq_linear_transposed.cuh"
+#include "mpq_linear_wgmma.cuh"
 
 using namespace mpq_linear;
 
@@ -61,6 +62,7 @@ template <typename T>
 static int32_t launch_forward(qm_cuda *cuda, const task &p) {
   if (p.rows <= FEW_ROWS) return launch_few<T>(cuda, p);
   if (p.rows <= 16) return launch<forward<shape<T, 2, 8, 1, 2, 4, 3, 2>>>(cuda, p, p.k, p.n);
+  if (cuda->has_wgmma) return launch_hopper<T>(cuda, p);
   if (p.rows <= 32) return launch<forward<shape<T, 4, 8, 2, 2, 4, 3, 1>>>(cuda, p, p.k, p.n);
   return launch<forward<shape<T, 8, 12, 4, 1, 2, 4, 1>>>(cuda, p, p.k, p.n);
 }

@@ -202,6 +202,11 @@ static __device__ __forceinline__ void qm_barriers_ready() {
   asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async;\n" ::: "memory");
 }
 
+/* What this thread stored in shared memory may be read by products of others, once they know. */
+static __device__ __forceinline__ void qm_stores_ready() {
+  asm volatile("fence.proxy.async;\n" ::: "memory");
+}
+
 /* Registers change hands between the warpgroup that copies and those that compute. */
 template <int COUNT>
 static __device__ __forceinline__ void qm_registers_release() {
