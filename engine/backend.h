@@ -239,6 +239,14 @@ typedef struct qm_mpq_linear_args {
   int32_t transposed;
 } qm_mpq_linear_args;
 
+typedef struct qm_mpq_linear_group_args {
+  qm_array x;
+  int64_t rows;
+  int32_t count;
+  qm_mpq_view q[QM_MPQ_GROUP_MAX];
+  qm_array out[QM_MPQ_GROUP_MAX];
+} qm_mpq_linear_group_args;
+
 typedef struct qm_gptq_rows_args {
   qm_array w, u, scales, zeros, groups, errors;
   int64_t rows, columns, group_count;
@@ -288,7 +296,8 @@ typedef struct qm_gptq_rows_args {
   X(scatter)                                                                                       \
   X(cholesky_inverse)                                                                              \
   X(gptq_rows)                                                                                     \
-  X(rope_append)
+  X(rope_append)                                                                                   \
+  X(mpq_linear_group)
 
 typedef qm_gather_args qm_scatter_add_args;
 typedef qm_gather_args qm_scatter_args;

@@ -91,7 +91,7 @@ struct qm_storage {
 
 /* ---- operand.c: checking the arguments of one call ---- */
 
-enum { QM__OPERANDS_MAX = 16, QM__SIZES_MAX = 48, QM__NAME_MAX = 16 };
+enum { QM__OPERANDS_MAX = 40, QM__SIZES_MAX = 48, QM__NAME_MAX = 16 };
 
 /* How a call uses an operand. WRITE must not overlap any other operand; IN_PLACE may be exactly one
 ** that is read, for kernels that read an element before they write it. */

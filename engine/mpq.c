@@ -292,3 +292,20 @@ int32_t qm_mpq_linear(const qm_tensor *x, const qm_mpq *q, const qm_tensor *out,
   args.rows = args.x.shape[0];
   return QM__DISPATCH(call, mpq_linear, &args);
 }
+
+int32_t qm_mpq_linear_group(const qm_tensor *x, const qm_mpq *q, const qm_tensor *const *out,
+                            int32_t count) {
+  qm__call call = qm__begin("qm_mpq_linear_group");
+  qm_mpq_linear_group_args args = {.count = count};
+  qm__require(&call, count >= 1 && count <= QM_MPQ_GROUP_MAX,
+              "argument 'count': expected 1 to %d, got %d", QM_MPQ_GROUP_MAX, count);
+  qm__operand(&call, "x", x, "float [M, K]", QM__READ, &args.x);
+  const int32_t sizes_of_x = call.size_count;
+  for (int32_t i = 0; i < count && call.status == QM_OK; i++) {
+    call.size_count = sizes_of_x; /* each weight has its own */
+    qm__mpq(&call, &q[i], QM__READ, QM__READ, &args.q[i]);
+    qm__operand(&call, "out", out[i], "=x [M, N]", QM__WRITE, &args.out[i]);
+  }
+  args.rows = args.x.shape[0];
+  return QM__DISPATCH(call, mpq_linear_group, &args);
+}

@@ -372,7 +372,7 @@ int32_t qm_grad_scale(const qm_tensor *squares, const qm_tensor *norm, const qm_
 ** row t / 32, and a field may go on in the next. 32 rows fill w_bit word rows.
 ** Packed row p holds feature q_perm[p] (identity without); its group is g_idx[feature], or
 ** group_map[p], or p / group_size. */
-enum { QM_MPQ_SECTIONS_MAX = 8 };
+enum { QM_MPQ_SECTIONS_MAX = 8, QM_MPQ_GROUP_MAX = 4 };
 typedef struct qm_mpq_section {
   int32_t w_bit; /* 1, 2, 3, 4, 5, 6 or 8 */
   int32_t rows;  /* a multiple of 32 */
@@ -456,6 +456,10 @@ int32_t qm_mpq_update_bie(const qm_mpq *q, const qm_tensor *grad, const qm_tenso
 ** fix. */
 int32_t qm_mpq_linear(const qm_tensor *x, const qm_mpq *q, const qm_tensor *out,
                       int32_t transposed);
+/* out[i] = x W_i of up to QM_MPQ_GROUP_MAX weights, as where several layers read the same rows: for
+** few rows, less than so many calls. Each as qm_mpq_linear has it; outs [M, N_i], none overlap. */
+int32_t qm_mpq_linear_group(const qm_tensor *x, const qm_mpq *q, const qm_tensor *const *out,
+                            int32_t count);
 
 /* ---- files ---- */
 

@@ -53,6 +53,12 @@ qm__work qm__work_of(const qm__call *call, int32_t kernel, const void *args) {
       work.flops = 2.0 * (double)linear->rows * (double)linear->q.k * (double)linear->q.n;
       break;
     }
+    case QM__KERNEL_mpq_linear_group: {
+      const qm_mpq_linear_group_args *group = args;
+      for (int32_t i = 0; i < group->count; i++)
+        work.flops += 2.0 * (double)group->rows * (double)group->q[i].k * (double)group->q[i].n;
+      break;
+    }
     case QM__KERNEL_attention: work.flops = attention_flops(args); break;
     case QM__KERNEL_attention_backward: work.flops = attention_backward_flops(args); break;
     case QM__KERNEL_accumulate:

@@ -19,6 +19,17 @@
 #include "dtype.h"
 #include "philox.h"
 
+/* A group of products as the single ones that it is. */
+QM_INLINE qm_mpq_linear_args qm_mpq_linear_of(const qm_mpq_linear_group_args *group, int32_t i) {
+  qm_mpq_linear_args args;
+  args.q = group->q[i];
+  args.x = group->x;
+  args.out = group->out[i];
+  args.rows = group->rows;
+  args.transposed = 0;
+  return args;
+}
+
 /* ---- where things are ---- */
 
 QM_INLINE int64_t qm_mpq_feature(const qm_mpq_view *q, int64_t p) {

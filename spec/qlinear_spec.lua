@@ -3,12 +3,11 @@ local binding = require("quartermoon.ffi")
 local mpq = require("spec.support.mpq")
 local testing = require("spec.support.testing")
 
-describe("qm.qlinear", function()
-  local function parameter(k, n, options)
-    local w = qm.randn({ k, n }, { device = "reference" })
-    return qm.QParam.quantize(w, options)
-  end
+local function parameter(k, n, options)
+  return qm.QParam.quantize(qm.randn({ k, n }, { device = "reference" }), options)
+end
 
+describe("qm.qlinear", function()
   it("multiplies by the dequantized weight and adds the bias", function()
     local q = parameter(32, 64):to(testing.device)
     local x, bias = qm.randn({ 3, 32 }), qm.randn({ 64 })
@@ -103,6 +102,52 @@ describe("qm.qlinear", function()
       .. "matrix of K=32 columns, for qm.QParam 32 x 32, 4 bit asym, group 64, got qm.Tensor f32 [2, 31]", 1, true)
     assert.error_matches(function() qm.qlinear(qm.ones({ 2, 32 }), qm.ones({ 32, 32 })) end,
       "argument 'q': expected a qm.QParam", 1, true)
+  end)
+end)
+
+describe("qm.qlinear_group", function()
+  local function layers()
+    return { parameter(96, 64, { group_size = 32 }):to(testing.device), parameter(96, 32):to(testing.device),
+      parameter(96, 32, { w_bit = 8, asym = false, group_size = 32 }):to(testing.device) }
+  end
+
+  for _, dtype in ipairs({ "f32", "bf16", "f16" }) do
+    it("equals the layers one by one, in " .. dtype, function()
+      local weights, biases = layers(), { nil, qm.randn({ 32 }), nil }
+      for _, rows in ipairs({ 0, 1, 3, 12, 40, 70 }) do
+        local x = qm.randn({ rows, 96 }):to(dtype)
+        local outs = { qm.no_grad(qm.qlinear_group, x, weights, biases) }
+        assert.equal(3, #outs)
+        for i, out in ipairs(outs) do
+          local one = qm.no_grad(qm.qlinear, x, weights[i], biases[i])
+          assert.same(one.shape, out.shape)
+          testing.assert_close(one, out, dtype == "f32" and 1e-5 or 1e-2)
+        end
+      end
+    end)
+  end
+
+  it("has its layers' gradients", function()
+    local x, weights = qm.randn({ 3, 96 }):requires_gradient(), layers()
+    local a, b = qm.qlinear_group(x, { weights[1], weights[1] })
+    local both = a + b
+    both:sum():backward()
+    local dx, dw = x.grad:clone(), weights[1].privileged_grad:clone()
+    x.grad = nil
+    weights[1].privileged_grad = nil
+    local twice = qm.qlinear(x, weights[1]) * 2
+    twice:sum():backward()
+    testing.assert_close(x.grad, dx, 1e-5)
+    testing.assert_close(weights[1].privileged_grad, dw, 1e-5)
+  end)
+
+  it("says what does not fit", function()
+    local weights = layers()
+    assert.error_matches(function() qm.qlinear_group(qm.ones({ 2, 95 }), weights) end,
+      "qm.qlinear_group: argument 'x': expected a matrix of K=96 columns", 1, true)
+    assert.error_matches(function() qm.qlinear_group(qm.ones({ 2, 96 }), { 1 }) end, "argument 'q'", 1, true)
+    assert.error_matches(function() qm.qlinear_group(qm.ones({ 2, 96 }), weights, { qm.ones({ 3 }) }) end,
+      "argument 'bias'", 1, true)
   end)
 end)
 

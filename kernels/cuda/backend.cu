@@ -144,6 +144,7 @@ extern "C" __attribute__((visibility("default"))) const qm_backend *qm_backend_e
   kernels->mpq_dequantize = qm_cuda_mpq_dequantize;
   kernels->mpq_fit = qm_cuda_mpq_fit;
   kernels->mpq_linear = qm_cuda_mpq_linear;
+  kernels->mpq_linear_group = qm_cuda_mpq_linear_group;
   kernels->mpq_pack = qm_cuda_mpq_pack;
   kernels->mpq_prepare = qm_cuda_mpq_prepare;
   kernels->mpq_unpack = qm_cuda_mpq_unpack;

@@ -6,6 +6,7 @@
 ** Cost: the codes' bytes, 29 MB at 4096 x 14336, and for each word of 8 codes 7 integer
 ** instructions (up to 16 rows; about 20 beyond), of which a multiprocessor starts 2 a cycle.
 */
+#include "mpq.h"
 #include "mpq_linear_few.cuh"
 #include "mpq_linear_forward.cuh"
 #include "mpq_linear_transposed.cuh"
@@ -150,4 +151,13 @@ int32_t qm_cuda_mpq_linear(void *context, const qm_mpq_linear_args *args) {
     status = args->x.dtype == QM_BF16 ? multiply_fused<__nv_bfloat16>(cuda, args)
                                       : multiply_fused<__half>(cuda, args);
   return status == QM_E_UNSUPPORTED ? multiply_dequantized(cuda, args) : status;
+}
+
+int32_t qm_cuda_mpq_linear_group(void *context, const qm_mpq_linear_group_args *group) {
+  int32_t status = QM_OK;
+  for (int32_t i = 0; i < group->count && status == QM_OK; i++) {
+    const qm_mpq_linear_args args = qm_mpq_linear_of(group, i);
+    status = qm_cuda_mpq_linear(context, &args);
+  }
+  return status;
 }

@@ -19,8 +19,8 @@ template <typename T_>
 struct hopper_shape {
   using T = T_;
   static constexpr int groups = 2, threads = 128 * (groups + 1), rows = 64;
-  static constexpr int deep = 1;                /* what `finish` asks for */
-  static constexpr int depth = 16, stages = 4;  /* steps of codes, tiles of x on their way */
+  static constexpr int deep = 1;               /* what `finish` asks for */
+  static constexpr int depth = 16, stages = 4; /* steps of codes, tiles of x on their way */
 };
 struct hopper_layout {
   using S = hopper_shape<__half>;
@@ -145,8 +145,8 @@ struct hopper_product {
       for (int m = 0; m < 2; m++)
 #pragma unroll
         for (int i = 0; i < 4; i++)
-          out[half][m][i] = weights<T>(w[2 * m + i % 2] >> (8 * half + i / 2 * 4),
-                                       grid[2 * m + i % 2]);
+          out[half][m][i] =
+              weights<T>(w[2 * m + i % 2] >> (8 * half + i / 2 * 4), grid[2 * m + i % 2]);
     ask();
   }
 
@@ -227,13 +227,13 @@ static int32_t launch_hopper(qm_cuda *cuda, task p) {
   int64_t splits = tiles > TICKETS || room < 1 ? 1 : room < most ? room : most;
   p.spans = (int32_t)(qm_ceil_div(steps, 2 * splits) * 2); /* whole tiles of x */
   splits = qm_ceil_div(steps, p.spans);
-  int32_t status = qm_cuda_check(
-      cudaFuncSetAttribute(multiply_hopper<T>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                           L::bytes),
-      "mpq_linear");
+  int32_t status =
+      qm_cuda_check(cudaFuncSetAttribute(multiply_hopper<T>,
+                                         cudaFuncAttributeMaxDynamicSharedMemorySize, L::bytes),
+                    "mpq_linear");
   if (status == QM_OK && splits > 1)
-    status = qm_cuda_scratch(cuda, splits * p.rows * p.n * (int64_t)sizeof(float),
-                             (void **)&p.partial);
+    status =
+        qm_cuda_scratch(cuda, splits * p.rows * p.n * (int64_t)sizeof(float), (void **)&p.partial);
   if (status != QM_OK) return status;
   const dim3 grid((unsigned)tiles, (unsigned)splits);
   multiply_hopper<T><<<grid, hopper_shape<T>::threads, L::bytes, cuda->compute>>>(p);

@@ -8,6 +8,15 @@ static double weight(const qm_mpq_view *q, int64_t p, int64_t n) {
   return (double)qm_mpq_decode(q->asym, code, qm_mpq_scale(q, g, n), qm_mpq_zero(q, g, n));
 }
 
+int32_t qm_reference_mpq_linear_group(void *context, const qm_mpq_linear_group_args *group) {
+  int32_t status = QM_OK;
+  for (int32_t i = 0; i < group->count && status == QM_OK; i++) {
+    const qm_mpq_linear_args args = qm_mpq_linear_of(group, i);
+    status = qm_reference_mpq_linear(context, &args);
+  }
+  return status;
+}
+
 int32_t qm_reference_mpq_linear(void *context, const qm_mpq_linear_args *args) {
   (void)context;
   const qm_mpq_view *q = &args->q;

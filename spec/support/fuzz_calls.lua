@@ -104,6 +104,7 @@ return function(qm, device)
         exp_avg_s = qm.ones({ 64, 32 }, { device = device }) }
     end },
     { "qm.qlinear", function() return leaf(5, 64), trained(), leaf(32) end },
+    { "qm.qlinear_group", function() return randn(2, 64), { trained(), trained() }, { [2] = randn(32) } end },
     { "qm.qlinear", function() return half(3, 64), trained({ w_bit = 8, group_size = 32 }) end },
     { "qm.checkpoint", function() return function(x) return x:tanh() end, leaf(3, 5) end },
     { "qm.scope", function() return function() return randn(3):tanh() end end },

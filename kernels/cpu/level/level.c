@@ -17,6 +17,7 @@ void QM_CPU(level)(qm_kernels *kernels) {
   kernels->mpq_dequantize = QM_CPU(mpq_dequantize);
   kernels->mpq_fit = QM_CPU(mpq_fit);
   kernels->mpq_linear = QM_CPU(mpq_linear);
+  kernels->mpq_linear_group = QM_CPU(mpq_linear_group);
   kernels->mpq_pack = QM_CPU(mpq_pack);
   kernels->mpq_unpack = QM_CPU(mpq_unpack);
   kernels->mpq_update = QM_CPU(mpq_update);

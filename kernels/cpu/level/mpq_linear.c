@@ -126,3 +126,12 @@ int32_t QM_CPU(mpq_linear)(void *context, const qm_mpq_linear_args *args) {
   }
   return QM_OK;
 }
+
+int32_t QM_CPU(mpq_linear_group)(void *context, const qm_mpq_linear_group_args *group) {
+  int32_t status = QM_OK;
+  for (int32_t i = 0; i < group->count && status == QM_OK; i++) {
+    const qm_mpq_linear_args args = qm_mpq_linear_of(group, i);
+    status = QM_CPU(mpq_linear)(context, &args);
+  }
+  return status;
+}

@@ -136,6 +136,24 @@ function QLinear:summary()
   return ("%d -> %d, %s%s"):format(q.shape[1], q.shape[2], q:layout(), self.bias and ", bias" or "")
 end
 
+---Several linear layers over the same rows; quantized ones in one call where that is possible.
+---@param x qm.Tensor  float [R, inputs]
+---@param ... qm.Module
+---@return qm.Tensor ...  one for each layer
+function M.together(x, ...)
+  local modules, weights, biases, outs = { ... }, {}, {}, {}
+  for i = 1, #modules do
+    local layer = modules[i]
+    if not module.is_module(layer) then check.fail("qm.nn.together", "layer " .. i, "a module", layer) end
+    if getmetatable(layer) ~= QLinear then
+      for j = 1, #modules do outs[j] = modules[j](x) end
+      return unpack(outs)
+    end
+    weights[i], biases[i] = layer.weight, layer.bias
+  end
+  return qm.qlinear_group(x, weights, biases)
+end
+
 ---@param kind string "mpq" (quantized) or "dense"
 ---@param options table|nil  the rest of QLinear's or Linear's options
 ---@return function  (inputs, outputs, { bias =, device =, generator = }) -> a layer

@@ -136,9 +136,10 @@ end
 function Attention:forward(x, context, kept)
   check.type("attention", "context", context, "table")
   if kept then M.check_key_values("attention", "kept", kept) end
-  local q = self:split(self.q_proj(x), self.heads, self.q_norm)
-  local k = self:split(self.k_proj(x), self.kv_heads, self.k_norm)
-  local v = self:split(self.v_proj(x), self.kv_heads)
+  local q, k, v = layers.together(x, self.q_proj, self.k_proj, self.v_proj)
+  q = self:split(q, self.heads, self.q_norm)
+  k = self:split(k, self.kv_heads, self.k_norm)
+  v = self:split(v, self.kv_heads)
   if kept and context.places then
     q = qm.rope_append(q, k, v, context.cos, context.sin, context.positions, context.places, kept.k, kept.v)
     k, v = kept.k, kept.v
@@ -183,7 +184,7 @@ end
 ---@param x qm.Tensor  float [R, hidden_size]
 ---@return qm.Tensor   the same
 function SwiGLU:forward(x)
-  local gate, up = self.gate_proj(x), self.up_proj(x)
+  local gate, up = layers.together(x, self.gate_proj, self.up_proj)
   local inner = qm.swiglu(gate, up)
   local out = self.down_proj(inner)
   if self.recompute then autograd.forget(inner, qm.swiglu, gate, up) end

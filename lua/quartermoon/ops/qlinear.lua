@@ -74,6 +74,15 @@ local function gather_gradient(name, q, x, dout)
   q.privileged_grad = product.gemm(name, x, dout, sum, true, false, beta):keep()
 end
 
+local function check_operands(name, x, q, bias)
+  check.desc(name, "x", x)
+  if type(q) ~= "table" or type(q.descriptor) ~= "function" then check.fail(name, "q", "a qm.QParam", q) end
+  if x.shape[2] ~= q.shape[1] or #x.shape ~= 2 then
+    check.fail(name, "x", ("a matrix of K=%d columns, for %s"):format(q.shape[1], tostring(q)), x)
+  end
+  product.check_bias(name, bias, q.shape[2])
+end
+
 ---Linear layer over a quantized weight: `x W (+ bias)`, W the K x N dequantized weight. Where the
 ---parameter has a channel scale, x is multiplied by it first, and what follows says x of that.
 ---
@@ -88,12 +97,7 @@ end
 ---@raise when shapes or devices do not fit
 function M.qlinear(x, q, bias)
   local name = "qm.qlinear"
-  check.desc(name, "x", x)
-  if type(q) ~= "table" or type(q.descriptor) ~= "function" then check.fail(name, "q", "a qm.QParam", q) end
-  if x.shape[2] ~= q.shape[1] or #x.shape ~= 2 then
-    check.fail(name, "x", ("a matrix of K=%d columns, for %s"):format(q.shape[1], tostring(q)), x)
-  end
-  product.check_bias(name, bias, q.shape[2])
+  check_operands(name, x, q, bias)
   local input = scaled(name, x, q)
   local out = scopes.guard(function()
     return multiply(name, input, q, bias)
@@ -104,6 +108,42 @@ function M.qlinear(x, q, bias)
     if q.requires_grad then gather_gradient(name, q, input, dout) end
     return dx, nil, product.bias_gradient(name, bias, dout)
   end)
+end
+
+local GROUP_MAX = tonumber(ffi.C.QM_MPQ_GROUP_MAX)
+local group_weights, group_outs = ffi.new("qm_mpq[?]", GROUP_MAX), ffi.new("const qm_tensor *[?]", GROUP_MAX)
+
+---Several quantized linear layers over the same x, as qm.qlinear one by one: for few rows, where no gradient
+---is asked for, in one call.
+---
+---@param x qm.Tensor         float [R, K]
+---@param weights qm.QParam[]  of shapes { K, N_i }
+---@param biases table|nil    [i] = qm.Tensor float [N_i] or nil
+---@return qm.Tensor ...      one for each weight
+---@raise as qm.qlinear
+function M.qlinear_group(x, weights, biases)
+  local name = "qm.qlinear_group"
+  check.type(name, "weights", weights, "table")
+  biases = check.type(name, "biases", biases or {}, "table")
+  local together = #weights <= GROUP_MAX
+  for i, q in ipairs(weights) do
+    check_operands(name, x, q, biases[i])
+    together = together and not q.channel_scale and not (autograd.enabled() and
+      (needs_grad(x) or q.requires_grad or needs_grad(biases[i])))
+  end
+  local outs = {}
+  if not (together and #weights > 1 and is_fused(x)) then
+    for i, q in ipairs(weights) do outs[i] = M.qlinear(x, q, biases[i]) end
+    return unpack(outs)
+  end
+  for i, q in ipairs(weights) do
+    outs[i] = tensors.empty({ x.shape[1], q.shape[2] }, { dtype = x.dtype, device = x.device })
+    group_outs[i - 1] = outs[i].desc
+    group_weights[i - 1] = q:descriptor(name)
+  end
+  binding.check(lib.qm_mpq_linear_group(x.desc, group_weights, group_outs, #weights), name)
+  for i, out in ipairs(outs) do product.add_bias(name, biases[i], out) end
+  return unpack(outs)
 end
 
 return M
