@@ -61,6 +61,31 @@ static inline float __fdividef(float a, float b) {
 }
 static inline float __fdiv_rn(float a, float b) { return a / b; }
 static inline float __fsqrt_rn(float x) { return sqrtf(x); }
+namespace emulate {
+/* What `work` makes of its operands when every operation rounds up. */
+template <typename Work>
+static inline float rounding_up(Work work) {
+  const int before = fegetround();
+  fesetround(FE_UPWARD);
+  const float result = work();
+  fesetround(before);
+  return result;
+}
+}  // namespace emulate
+static inline float __fadd_ru(float a, float b) {
+  volatile float x = a, y = b;
+  return emulate::rounding_up([&] {
+    volatile float z = x + y;
+    return (float)z;
+  });
+}
+static inline float __fmaf_ru(float a, float b, float c) {
+  volatile float x = a, y = b, z = c;
+  return emulate::rounding_up([&] {
+    volatile float w = fmaf(x, y, z);
+    return (float)w;
+  });
+}
 
 template <typename A, typename B>
 static inline std::common_type_t<A, B> min(A a, B b) {

@@ -11,12 +11,20 @@ float number(bool bf16, uint32_t bits) {
 
 /* ---- cp.async ---- */
 
+static void copy_later(uint32_t to, const void *from, int bytes, int there) {
+  if (there != 0 && there != bytes) die("cp.async copies %d bytes or none here", bytes);
+  if (there != 0 && (uintptr_t)from % bytes != 0) die("cp.async reads from a misaligned address");
+  char *target = shared_memory(to, bytes, bytes);
+  memset(target, 0xFF, bytes); /* whoever reads too early must notice */
+  self().copies.push_back({target, there != 0 ? from : NULL, bytes, self().copy_group});
+}
 void cp_async_cg_shared_global(uint32_t to, const void *from, int bytes, int there) {
-  if (bytes != 16 || (there != 0 && there != 16)) die("cp.async copies 16 bytes or none here");
-  if (there != 0 && (uintptr_t)from % 16 != 0) die("cp.async reads from a misaligned address");
-  char *target = shared_memory(to, 16, 16);
-  memset(target, 0xFF, 16); /* whoever reads too early must notice */
-  self().copies.push_back({target, there != 0 ? from : NULL, self().copy_group});
+  if (bytes != 16) die("cp.async.cg copies 16 bytes");
+  copy_later(to, from, bytes, there);
+}
+void cp_async_ca_shared_global(uint32_t to, const void *from, int bytes, int there) {
+  if (bytes != 4 && bytes != 8 && bytes != 16) die("cp.async.ca copies 4, 8 or 16 bytes");
+  copy_later(to, from, bytes, there);
 }
 void cp_async_commit_group() { self().copy_group++; }
 void cp_async_wait_group(int pending) {
@@ -25,9 +33,9 @@ void cp_async_wait_group(int pending) {
     const copy arrived = mine.copies.front();
     mine.copies.pop_front();
     if (arrived.from != NULL)
-      memcpy(arrived.to, arrived.from, 16);
+      memcpy(arrived.to, arrived.from, arrived.bytes);
     else
-      memset(arrived.to, 0, 16);
+      memset(arrived.to, 0, arrived.bytes);
   }
 }
 

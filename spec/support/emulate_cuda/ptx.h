@@ -43,6 +43,13 @@ void ld_shared_v4_u32(T &x, T &y, T &z, T &w, uint32_t from) {
   x = at[0], y = at[1], z = at[2], w = at[3];
 }
 void cp_async_cg_shared_global(uint32_t to, const void *from, int bytes, int there);
+void cp_async_ca_shared_global(uint32_t to, const void *from, int bytes, int there);
+inline void cp_async_cg_shared_global(uint32_t to, const void *from, int bytes) {
+  cp_async_cg_shared_global(to, from, bytes, bytes);
+}
+inline void cp_async_ca_shared_global(uint32_t to, const void *from, int bytes) {
+  cp_async_ca_shared_global(to, from, bytes, bytes);
+}
 void cp_async_commit_group();
 void cp_async_wait_group(int pending);
 void load_tiles(uint32_t *(&out)[4], uint32_t row, bool transposed);

@@ -12,6 +12,7 @@ namespace emulate {
 struct copy {
   char *to;
   const void *from; /* NULL: zeros */
+  int bytes;
   int64_t group;
 };
 /* A lane's part of a wgmma that has not been worked out yet. */

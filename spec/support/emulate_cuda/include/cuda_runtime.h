@@ -3,6 +3,7 @@
 #ifndef QM_EMULATED_CUDA_RUNTIME_H
 #define QM_EMULATED_CUDA_RUNTIME_H
 
+#include <fenv.h>
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
