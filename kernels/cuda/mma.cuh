@@ -7,7 +7,7 @@
 #ifndef QM_MMA_CUH
 #define QM_MMA_CUH
 
-#include "device.cuh"
+#include "copy_async.cuh"
 
 /* acc += a b */
 template <typename T>
@@ -47,22 +47,6 @@ static __device__ __forceinline__ void qm_ldmatrix_transposed(uint32_t (&out)[4]
                : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
                : "r"(at)
                : "memory");
-}
-
-/* Copy 16 bytes to shared memory in the background; zeros where `there` is false. */
-static __device__ __forceinline__ void qm_copy_async(void *shared, const void *global, bool there) {
-  const uint32_t at = (uint32_t)__cvta_generic_to_shared(shared);
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(at), "l"(global),
-               "r"(there ? 16 : 0)
-               : "memory");
-}
-static __device__ __forceinline__ void qm_copy_commit() {
-  asm volatile("cp.async.commit_group;\n" ::: "memory");
-}
-/* Wait until at most PENDING of this thread's commits are under way. */
-template <int PENDING>
-static __device__ __forceinline__ void qm_copy_wait() {
-  asm volatile("cp.async.wait_group %0;\n" ::"n"(PENDING) : "memory");
 }
 
 /* Two floats as two elements in one word, the first in the low half. */
