@@ -68,8 +68,10 @@ typedef struct qm_noise {
   uint32_t step;
   uint32_t stream; /* which use within the step; the engine's own uses are QM_STREAM_* */
 } qm_noise;
-/* A word of EXP_AVG rounds both bf16 moments of its element: the low half exp_avg, the high half
-** exp_avg_sq. EXP_AVG_SQ is not drawn from. */
+/* One word of an element rounds all that its step stores in few bits: of CODES in the quantized
+** step, of EXP_AVG in the dense one. A code takes its high 24 bits, a bf16 weight the high half,
+** bf16 exp_avg the low half, bf16 exp_avg_sq the sum of both halves. WEIGHT is a refitted grid's.
+** EXP_AVG_SQ is not drawn from. */
 enum { QM_STREAM_CODES = 0, QM_STREAM_EXP_AVG = 1, QM_STREAM_EXP_AVG_SQ = 2, QM_STREAM_WEIGHT = 3,
        QM_STREAM_USER = 16 };
 
@@ -440,8 +442,7 @@ typedef struct qm_mpq_update_options {
 ** grad float [K, N] in feature order; exp_avg, exp_avg_sq f32 or bf16 [K, N], or both NULL: then
 ** grad is already the direction u (a projector's output). health i64 [4] or NULL, accumulates:
 ** elements, codes that moved, values clipped to the grid's ends, non-finite values (those elements
-** keep their codes and moments). Random bits: element p * N + n for packed row p; streams CODES
-** and, for bf16 moments, EXP_AVG and EXP_AVG_SQ. */
+** keep their codes and moments). Random bits: stream CODES, element p * N + n for packed row p. */
 int32_t qm_mpq_update(const qm_mpq *q, const qm_tensor *grad, const qm_tensor *exp_avg,
                       const qm_tensor *exp_avg_sq, const qm_mpq_update_options *options,
                       const qm_tensor *health);

@@ -113,10 +113,16 @@ QM_INLINE qm_grad_measure qm_grad_measure_of(float squares, double factor, doubl
   return measure;
 }
 
-/* Random bits of bf16 moments. Rounding to bf16 discards 16 bits and wants as many random ones: one
-** word of the element, of stream QM_STREAM_EXP_AVG, serves both moments. exp_avg takes the low half
-** and exp_avg_sq the high half, also where the other is f32. Both results are 16 bits. */
+/* One random word rounds all that an element's step stores. Rounding to bf16 discards 16 bits and
+** wants as many random ones: the weight takes the word's high half, exp_avg the low half,
+** exp_avg_sq the sum of both. Each is uniform, so that no result has a bias, and any two are
+** independent. A code takes the high 24 bits (qm_uniform_of), where the low half decides but once
+** in 2^16 times: exp_avg, which momentum feedback makes depend on how the code was rounded, is
+** still rounded without a bias beyond 2^-16 of a step. The three together are dependent; later
+** steps see that in the product of both moments' relative errors alone, in the mean below 2^-16.
+** Results are 16 bits. */
+QM_INLINE uint32_t qm_weight_bits(uint32_t word) { return word >> 16; }
 QM_INLINE uint32_t qm_exp_avg_bits(uint32_t word) { return word & 0xFFFFu; }
-QM_INLINE uint32_t qm_exp_avg_sq_bits(uint32_t word) { return word >> 16; }
+QM_INLINE uint32_t qm_exp_avg_sq_bits(uint32_t word) { return (word * 0x10001u) >> 16; }
 
 #endif

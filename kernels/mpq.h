@@ -211,6 +211,13 @@ QM_INLINE float qm_mpq_step_rate(float rate, float scale) {
 QM_INLINE float qm_mpq_step_zero(int32_t asym, float scale, float zero) {
   return asym ? zero : scale == 0.0f ? 0.0f : zero / scale;
 }
+/* The steps of a stochastic move: ceil(move - u) for u uniform in [0, 1), a multiple of 2^-24, and
+** low = floor(move). The probability of going up is the fraction, exactly: below, every operand of
+** the comparison is exact, where the fraction 1 + move of a small negative move would not be. */
+QM_INLINE float qm_mpq_stochastic(float move, float low, float u) {
+  const float one = move < 0.0f ? 1.0f : 0.0f;
+  return low + (u - one < move - (low + one) ? 1.0f : 0.0f);
+}
 /* Moves beyond this many steps leave every grid; the bound keeps all sums exact integers in f32. */
 #define QM_MPQ_MOVE_MAX 1048576.0f
 

@@ -110,7 +110,7 @@ describe("qm.adamw", function()
     assert.near(1 - unit, sum / count, 5 * unit / math.sqrt(count))
   end)
 
-  it("rounds both bf16 moments of an element with the halves of one word", function()
+  it("rounds a bf16 weight and both bf16 moments of an element with one word", function()
     for _, device in ipairs({ "reference", testing.device }) do
       for _, types in ipairs({ { "bf16", "bf16" }, { "f32", "bf16" }, { "bf16", "f32" } }) do
         local g = qm.randn({ 999 }, { device = device })
@@ -124,6 +124,37 @@ describe("qm.adamw", function()
           assert.equal(types[1] == "f32" and f32_m or bf16_m, first[i])
           assert.equal(types[2] == "f32" and f32_v or bf16_v, second[i])
         end
+        local w = qm.zeros({ 999 }, { device = device, dtype = "bf16" })
+        qm.adamw(w, g, nil, nil, { step = 6, lr = 1, correct_bias = false, seed = 8, parameter = 9 })
+        for i, weight in ipairs(w:totable()) do
+          assert.equal(mpq.to_bf16(-gradients[i], math.floor(mpq.random_bits(8, 9, 6, 1, i - 1) / 65536)), weight)
+        end
+      end
+    end
+  end)
+
+  it("rounds them independently of each other, one by one", function()
+    -- All start alike and are rounded up with the same probabilities, of which each pair's is the product.
+    local count, half = 65536, { dtype = "bf16" }
+    local w, m, v = qm.ones({ count }, half), qm.zeros({ count }, half), qm.zeros({ count }, half)
+    qm.adamw(w, qm.full({ count }, 1.0058), m, v, { step = 1, lr = 0.001, beta1 = 0.5, beta2 = 0.75, seed = 3 })
+    local values, ups = { w:totable(), m:totable(), v:totable() }, {}
+    for i, list in ipairs(values) do
+      local lowest = math.min(unpack(list, 1, 1000))
+      ups[i] = {}
+      for e, value in ipairs(list) do ups[i][e] = value > lowest and 1 or 0 end
+    end
+    local function mean(first, second)
+      local sum = 0
+      for e = 1, count do sum = sum + first[e] * second[e] end
+      return sum / count
+    end
+    for i = 1, 3 do
+      local p = mean(ups[i], ups[i])
+      assert.is_true(p > 0.1 and p < 0.9)
+      for j = 1, i - 1 do -- 5 standard errors of a covariance
+        local q = mean(ups[j], ups[j])
+        assert.near(p * q, mean(ups[i], ups[j]), 5 * math.sqrt(p * (1 - p) * q * (1 - q) / count))
       end
     end
   end)

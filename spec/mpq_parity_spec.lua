@@ -36,8 +36,8 @@ end
 local MODES = { { "none", "stochastic" }, { "none", "nearest" }, { "momentum", "stochastic" },
   { "residual", "stochastic", 4 }, { "residual", "stochastic", 8 }, { "residual", "nearest", 8 } }
 
-local function compare_steps(w_bit, moment_dtype, case)
-  local k, n, mode = 64 * math.random(2), 32 * math.random(3), MODES[case % #MODES + 1]
+local function compare_steps(w_bit, moment_dtype, case, rows, columns)
+  local k, n, mode = rows or 64 * math.random(2), columns or 32 * math.random(3), MODES[case % #MODES + 1]
   local feedback, rounding, rb = mode[1], mode[2], mode[3] or 0
   local q = mpq.random(k, n, { w_bit = w_bit, asym = math.random(2) == 1, group_size = one_of({ 32, 64, 24, 12 }),
     residual_bits = rb, dtype = one_of({ "f32", "f16", "bf16" }),
@@ -77,6 +77,11 @@ describe("qm.QParam.update on " .. testing.device .. " gives the reference's bit
       end)
     end
   end
+
+  it("where a column has so many words that the device's threads walk several", function()
+    local rows = testing.device:match("^cuda") and 64 * math.random(180, 200) or 256
+    for case = 1, #MODES do compare_steps(4, case % 2 == 0 and "f32" or "bf16", case, rows, 32) end
+  end)
 end)
 
 describe("QParam:dequantize on " .. testing.device .. " gives the reference's bits", function()

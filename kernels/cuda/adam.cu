@@ -47,17 +47,20 @@ static __device__ __forceinline__ T state_of(float x, uint32_t random) {
 template <typename T>
 static constexpr bool is_half = sizeof(T) == 2;
 
+/* Elements i .. i + WIDTH - 1 each have one random word. */
+static __device__ __forceinline__ void draw(const qm_adam_numbers &c, int64_t i,
+                                            uint32_t (&words)[WIDTH]) {
+  const qm_noise noise = qm_adam_noise(&c, QM_STREAM_EXP_AVG);
+  qm_philox(&noise, (uint64_t)i / WIDTH, words);
+}
+
 /* Advance the moments of WIDTH elements whose values are there; u receives their direction. */
 template <typename G, typename M>
 static __device__ __forceinline__ void advance(float (&u)[WIDTH], const qm_adam_numbers &c,
                                                const qm_pack<G, WIDTH> &grad,
                                                qm_pack<M, WIDTH> &exp_avg,
-                                               qm_pack<M, WIDTH> &exp_avg_sq, int64_t i) {
-  uint32_t words[WIDTH] = {};
-  if (is_half<M>) {
-    const qm_noise noise = qm_adam_noise(&c, QM_STREAM_EXP_AVG);
-    qm_philox(&noise, (uint64_t)i / WIDTH, words);
-  }
+                                               qm_pack<M, WIDTH> &exp_avg_sq,
+                                               const uint32_t (&words)[WIDTH]) {
   for (int j = 0; j < WIDTH; j++) {
     float m = value_of(exp_avg.at[j]), v = value_of(exp_avg_sq.at[j]);
     u[j] = qm_adam_advance(&c, value_of(grad.at[j]), &m, &v);
@@ -78,15 +81,12 @@ static __global__ void __launch_bounds__(THREADS)
   qm_pack<M, WIDTH> m = fetch(exp_avg, i, n), v = fetch(exp_avg_sq, i, n);
   const qm_adam_numbers c = qm_adam_in_force(&source);
   if (c.skip) return;
-  float u[WIDTH];
-  advance(u, c, g, m, v, i);
   uint32_t words[WIDTH] = {};
-  if (is_half<P>) {
-    const qm_noise noise = qm_adam_noise(&c, QM_STREAM_WEIGHT);
-    qm_philox(&noise, (uint64_t)i / WIDTH, words);
-  }
+  if (is_half<P> || is_half<M>) draw(c, i, words);
+  float u[WIDTH];
+  advance(u, c, g, m, v, words);
   for (int j = 0; j < WIDTH; j++)
-    w.at[j] = state_of<P>(qm_adam_move(&c, value_of(w.at[j]), u[j]), words[j]);
+    w.at[j] = state_of<P>(qm_adam_move(&c, value_of(w.at[j]), u[j]), qm_weight_bits(words[j]));
   put(exp_avg, i, n, m);
   put(exp_avg_sq, i, n, v);
   put(param, i, n, w);
@@ -104,7 +104,9 @@ static __global__ void __launch_bounds__(THREADS)
   qm_pack<float, WIDTH> u = {};
   const qm_adam_numbers c = qm_adam_in_force(&source);
   if (!c.skip) {
-    advance(u.at, c, g, m, v, i);
+    uint32_t words[WIDTH] = {};
+    if (is_half<M>) draw(c, i, words);
+    advance(u.at, c, g, m, v, words);
     put(exp_avg, i, n, m);
     put(exp_avg_sq, i, n, v);
   }
@@ -140,7 +142,7 @@ static __device__ float advance_any(const any_args &a, const qm_adam_numbers &c,
 
 static __global__ void adam_any(const __grid_constant__ any_args a) {
   const qm_adam_numbers c = qm_adam_in_force(&a.source);
-  const qm_noise noise = qm_adam_noise(&c, QM_STREAM_WEIGHT);
+  const qm_noise noise = qm_adam_noise(&c, QM_STREAM_EXP_AVG);
   const int64_t stride = (int64_t)gridDim.x * THREADS;
   for (int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x; i < a.grad.count; i += stride) {
     const float u = c.skip ? 0.0f : advance_any(a, c, i);
@@ -148,7 +150,7 @@ static __global__ void adam_any(const __grid_constant__ any_args a) {
     if (a.param.data == NULL || c.skip) continue;
     const float w = qm_load(a.param.data, a.param.dtype, i);
     const uint32_t random = a.param.dtype == QM_BF16 ? qm_bits(&noise, (uint64_t)i) : 0;
-    put_any(a.param, i, qm_adam_move(&c, w, u), random);
+    put_any(a.param, i, qm_adam_move(&c, w, u), qm_weight_bits(random));
   }
 }
 

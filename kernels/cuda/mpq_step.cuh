@@ -1,34 +1,68 @@
-/* mpq_step.cuh - one update step in registers: the arithmetic of kernels/reference/mpq_update.c for
-** COLUMNS neighbouring elements of one packed row, equal bit for bit.
+/* mpq_step.cuh - one update step in registers: the arithmetic of kernels/reference/mpq_update.c,
+** equal bit for bit, twice: for any element, and quickly for COLUMNS neighbours of a packed row.
 **
-** Correctly rounded roots and quotients without branches: the sequences below give the IEEE result
-** inside a range of operands, `watch` finds every row that leaves it, and such a row is computed
-** again. The reference bounds the move before rounding; here the rounded value's clamping does. */
+** The quick form takes what is usual for granted: correctly rounded roots and quotients come from
+** sequences without branches that hold inside a range of operands. A row that was outside has to be
+** done again, carefully. */
 #ifndef QM_MPQ_STEP_CUH
 #define QM_MPQ_STEP_CUH
 
 #include "mpq.cuh"
 
-/* What belongs to a column of a group. */
-template <int COLUMNS>
-struct qm_mpq_units {
-  float scale[COLUMNS], rate[COLUMNS], zero[COLUMNS]; /* rate and zero in code units */
-};
-
-/* One row at work. */
-template <int COLUMNS>
-struct qm_mpq_row {
-  float grad[COLUMNS];
-  float m[COLUMNS], v[COLUMNS];              /* before, then after */
-  float code[COLUMNS];                       /* before */
-  float down[COLUMNS], denominator[COLUMNS]; /* the step in codes, negated; sqrt(v) + eps */
-  uint32_t refused;                          /* bit j: column j is not finite and rests */
-};
-
 struct qm_mpq_counts {
-  uint32_t moved, skipped;
-  float clipped;
+  uint32_t moved, clipped, skipped;
 };
+
+/* ---- any element ---- */
+
+/* What an element's step begins with. */
+struct qm_mpq_element {
+  float grad, m, v;
+  float scale, rate, zero; /* the group's; rate and zero in code units */
+  uint32_t place;          /* code << span.bits | residual field */
+  uint32_t random;
+  bool refused; /* something was not finite */
+};
+
+/* Step an element; returns its new place. A refused one stays as it is. */
+template <bool MOMENTS>
+__device__ __forceinline__ uint32_t qm_mpq_step_carefully(const qm_adam_numbers &step,
+                                                          const qm_mpq_span &span, bool stochastic,
+                                                          bool momentum, qm_mpq_element *x,
+                                                          qm_mpq_counts *counts) {
+  const float code = (float)(x->place >> span.bits), g = x->grad * step.grad_scale;
+  const float decay = step.decay * (code - x->zero);
+  float m = 0.0f, v = 0.0f, denominator = 0.0f, down;
+  if (MOMENTS) {
+    m = step.beta1 * x->m + step.one_minus_beta1 * g;
+    v = step.beta2 * x->v + step.one_minus_beta2 * g * g;
+    denominator = __fsqrt_rn(v) + step.eps;
+    down = __fdiv_rn(x->rate * m, denominator) + decay;
+  } else {
+    down = x->rate * g + decay;
+  }
+  x->refused = !(fabsf(down) <= FLT_MAX && v <= FLT_MAX);
+  if (x->refused) {
+    counts->skipped++;
+    return x->place;
+  }
+  const float start = (float)((int32_t)x->place - span.half);
+  const float move = fminf(fmaxf(-down * span.unit, -QM_MPQ_MOVE_MAX), QM_MPQ_MOVE_MAX);
+  float wanted = rintf(start + move);
+  if (stochastic) wanted = start + qm_mpq_stochastic(move, floorf(move), qm_uniform_of(x->random));
+  const float got = fminf(fmaxf(wanted, span.low), span.high);
+  counts->clipped += got != wanted;
+  if (momentum) {
+    /* Beyond the grid's ends nothing is owed: paying it back would only wind the momentum up. */
+    const float target = start + move;
+    const bool inside = target >= span.low && target <= span.high;
+    const float lost = inside ? x->scale * (move - (got - start)) : 0.0f;
+    m -= step.inject * denominator * lost;
+  }
+  x->m = m;
+  x->v = v;
+  return (uint32_t)((int32_t)got + span.half);
+}
 
 /* ---- roots and quotients ---- */
 
@@ -44,14 +78,16 @@ __device__ __forceinline__ float qm_sqrt_inside(float x) {
   return fmaf(fmaf(-root, root, x), half, root);
 }
 /* x / y, rounded once, where y is in [2^-60, 2^65] and |x| at least QM_QUOTIENT_LEAST; NaN or
-** infinite where the quotient overflows. A reciprocal to half an ulp, a quotient, and its remainder
-** taken twice (Markstein). */
+** infinite where the quotient overflows. From a reciprocal to an ulp, whose error e is known
+** exactly, the reciprocal to half an ulp and a quotient to an ulp; its remainder does the rest
+** (Markstein). As in CUDA's own division, of all mantissas only 1 by all ones depends on more: that
+** the approximation of the latter's reciprocal is the nearest one. */
 __device__ __forceinline__ float qm_divide_inside(float x, float y) {
   float inverse;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(y));
-  inverse = fmaf(inverse, fmaf(-y, inverse, 1.0f), inverse);
-  float quotient = x * inverse;
-  quotient = fmaf(fmaf(-y, quotient, x), inverse, quotient);
+  const float e = fmaf(-y, inverse, 1.0f), near = x * inverse;
+  const float quotient = fmaf(near, e, near);
+  inverse = fmaf(inverse, e, inverse);
   return fmaf(fmaf(-y, quotient, x), inverse, quotient);
 }
 
@@ -75,7 +111,15 @@ __device__ __forceinline__ void qm_divide_all(const float x[COLUMNS], const floa
   for (int j = 0; j < COLUMNS; j++) out[j] = quotient[j];
 }
 
-/* Column n's units in group g. BITS: the width where it is known, else 0. */
+/* ---- neighbouring columns ---- */
+
+/* What belongs to the columns of a group. */
+template <int COLUMNS>
+struct qm_mpq_units {
+  float scale[COLUMNS], rate[COLUMNS], zero[COLUMNS]; /* rate and zero in code units */
+};
+
+/* Columns n .. of group g. BITS: the width where it is known, else 0. */
 template <int COLUMNS, int BITS>
 __device__ __forceinline__ void qm_mpq_units_of(const qm_mpq_view &q, float rate, int64_t g,
                                                 int64_t n, qm_mpq_units<COLUMNS> *units) {
@@ -87,116 +131,88 @@ __device__ __forceinline__ void qm_mpq_units_of(const qm_mpq_view &q, float rate
   if (!q.asym) qm_divide_all<COLUMNS>(units->zero, units->scale, units->zero);
 }
 
-/* ---- the step ---- */
+/* A place as f32 by its bits: QM_MPQ_PLACE + place. Around it f32 knows integers alone, from
+** -2^22 to 2^22 away, so that adding a move to it rounds the move. */
+#define QM_MPQ_PLACE 12582912.0f
+#define QM_MPQ_PLACE_BITS 0x4B400000u
 
-/* Advance the moments and find the step, with IEEE roots and quotients, column by column; a column
-** that is not finite keeps its moments and does not move. */
-template <int COLUMNS, bool MOMENTS>
-__device__ __forceinline__ void qm_mpq_direct_careful(const qm_adam_numbers &step,
-                                                      const qm_mpq_units<COLUMNS> &units,
-                                                      qm_mpq_row<COLUMNS> *row,
-                                                      qm_mpq_counts *counts) {
+/* One row at work. */
+template <int COLUMNS>
+struct qm_mpq_row {
+  float grad[COLUMNS], m[COLUMNS], v[COLUMNS]; /* before, then after */
+  float code[COLUMNS], place[COLUMNS];         /* before; the place as f32 by its bits */
+  float got[COLUMNS];                          /* the place after */
+};
+
+/* The least exp_avg_sq that the quick form takes: infinity where the numbers that a group's
+** elements share do not let it be right. */
+template <int COLUMNS>
+__device__ __forceinline__ float qm_mpq_root_least(const qm_adam_numbers &step,
+                                                   const qm_mpq_units<COLUMNS> &units) {
+  bool usual = step.eps >= 0.0f && step.eps <= 0x1p60f && fabsf(step.inject) <= 0x1p60f;
+#pragma unroll
+  for (int j = 0; j < COLUMNS; j++) usual = usual && fabsf(units.scale[j]) <= FLT_MAX;
+  return usual ? QM_ROOT_LEAST : INFINITY;
+}
+
+/* Step a row, or have it done by `carefully`; `root_least` is the group's. A usual row does not
+** branch: a place on the grid says that nothing on the way there was infinite or NaN. */
+template <int COLUMNS, bool MOMENTS, int BITS, int RESIDUAL, bool STOCHASTIC, bool MOMENTUM,
+          typename Carefully>
+__device__ __forceinline__ void qm_mpq_step_quickly(const qm_adam_numbers &step,
+                                                    const qm_mpq_units<COLUMNS> &units,
+                                                    float root_least,
+                                                    const uint32_t random[COLUMNS],
+                                                    qm_mpq_row<COLUMNS> *row, qm_mpq_counts *counts,
+                                                    Carefully carefully) {
+  static_assert(!MOMENTUM || RESIDUAL == 0, "with momentum a code is a place");
+  constexpr float unit = (float)(1 << RESIDUAL), half = RESIDUAL > 0 ? unit / 2 : 0.0f;
+  constexpr uint32_t top = (1u << (BITS + RESIDUAL)) - 1u;
+  bool usual = true;
+  uint32_t off = 0; /* bits that no place has */
 #pragma unroll
   for (int j = 0; j < COLUMNS; j++) {
     const float g = row->grad[j] * step.grad_scale;
     const float decay = step.decay * (row->code[j] - units.zero[j]);
-    float m = 0.0f, v = 0.0f;
+    float down, denominator = 0.0f;
     if (MOMENTS) {
-      m = step.beta1 * row->m[j] + step.one_minus_beta1 * g;
-      v = step.beta2 * row->v[j] + step.one_minus_beta2 * g * g;
-      row->denominator[j] = __fsqrt_rn(v) + step.eps;
-      row->down[j] = __fdiv_rn(units.rate[j] * m, row->denominator[j]) + decay;
+      row->m[j] = step.beta1 * row->m[j] + step.one_minus_beta1 * g;
+      row->v[j] = step.beta2 * row->v[j] + step.one_minus_beta2 * g * g;
+      denominator = qm_sqrt_inside(row->v[j]) + step.eps;
+      const float above = units.rate[j] * row->m[j];
+      down = qm_divide_inside(above, denominator) + decay;
+      usual = usual & (row->v[j] >= root_least) & (fabsf(above) >= QM_QUOTIENT_LEAST);
     } else {
-      row->down[j] = units.rate[j] * g + decay;
+      down = units.rate[j] * g + decay;
     }
-    if (fabsf(row->down[j]) <= FLT_MAX && v <= FLT_MAX) {
-      row->m[j] = m;
-      row->v[j] = v;
-    } else {
-      row->down[j] = 0.0f;
-      row->refused |= 1u << j;
-      counts->skipped++;
+    const float move = -down * unit;
+    if (STOCHASTIC) /* place + ceil(move - u): rounding up passes no integer */
+      row->got[j] = __fadd_ru(row->place[j], __fmaf_ru((float)(random[j] >> 8), -0x1p-24f, move));
+    else
+      row->got[j] = row->place[j] - (QM_MPQ_PLACE + half) + move + (QM_MPQ_PLACE + half);
+    off |= __float_as_uint(row->got[j]) ^ QM_MPQ_PLACE_BITS;
+    if (MOMENTUM) {
+      /* As in the careful form, `inside` in one comparison. Where it holds, the place is on the
+      ** grid, but for one above it where the target was rounded. */
+      const float target = row->code[j] + move, got = fminf(row->got[j], QM_MPQ_PLACE + (float)top);
+      const float lost = units.scale[j] * (move - (got - row->place[j]));
+      const float owed = step.inject * denominator * lost;
+      if (__float_as_uint(target) <= __float_as_uint((float)top)) row->m[j] -= owed;
     }
   }
-}
-
-/* What `watch` starts from: finite where the range of quotients holds for this eps. */
-__device__ __forceinline__ float qm_mpq_watch(const qm_adam_numbers &step) {
-  return step.eps >= 0.0f && step.eps <= 0x1p60f ? 0.0f : INFINITY;
-}
-
-template <int COLUMNS, bool MOMENTS>
-__device__ __forceinline__ void qm_mpq_direct(const qm_adam_numbers &step, float watch,
-                                              const qm_mpq_units<COLUMNS> &units,
-                                              qm_mpq_row<COLUMNS> *row, qm_mpq_counts *counts) {
-  float m[COLUMNS], v[COLUMNS];
-  bool inside = true;
-  row->refused = 0;
+  if (usual & ((off & ~top) == 0)) return;
 #pragma unroll
-  for (int j = 0; j < COLUMNS; j++) {
-    const float g = row->grad[j] * step.grad_scale;
-    const float decay = step.decay * (row->code[j] - units.zero[j]);
-    if (MOMENTS) {
-      m[j] = step.beta1 * row->m[j] + step.one_minus_beta1 * g;
-      v[j] = step.beta2 * row->v[j] + step.one_minus_beta2 * g * g;
-      row->denominator[j] = qm_sqrt_inside(v[j]) + step.eps;
-      const float above = units.rate[j] * m[j];
-      row->down[j] = qm_divide_inside(above, row->denominator[j]) + decay;
-      inside = inside & (v[j] >= QM_ROOT_LEAST) & (fabsf(above) >= QM_QUOTIENT_LEAST);
-    } else {
-      row->down[j] = units.rate[j] * g + decay;
-    }
-    watch = fmaf(row->down[j], MOMENTS ? v[j] : 0.0f, watch); /* finite if all of them are */
-  }
-  if (!(inside & (fabsf(watch) <= FLT_MAX))) {
-    qm_mpq_direct_careful<COLUMNS, MOMENTS>(step, units, row, counts);
+  for (int j = 0; j < COLUMNS; j++) usual = usual & (fabsf(row->got[j] - QM_MPQ_PLACE) < 0x1p21f);
+  if (!usual) {
+    carefully();
     return;
   }
 #pragma unroll
-  for (int j = 0; j < COLUMNS; j++) {
-    if (!MOMENTS) continue;
-    row->m[j] = m[j];
-    row->v[j] = v[j];
+  for (int j = 0; j < COLUMNS; j++) { /* somebody left the grid */
+    const float got = fminf(fmaxf(row->got[j], QM_MPQ_PLACE), QM_MPQ_PLACE + (float)top);
+    counts->clipped += got != row->got[j];
+    row->got[j] = got;
   }
-}
-
-/* A weight's place code << bits | residual field as f32 by its bits: 2^23 + place. All rounding
-** below is done on it; `span`'s bounds and start are QM_MPQ_PLACE + span.half away. */
-#define QM_MPQ_PLACE 8388608.0f
-__device__ __forceinline__ float qm_mpq_place_of(uint32_t place) {
-  uint32_t exponent = 0x4B000000u;
-  asm("" : "+r"(exponent)); /* kept in a register, so that masking and this are one instruction */
-  return __uint_as_float(place | exponent);
-}
-
-/* Round column j's step on its grid, `random` its random bits, and feed the error back. Returns the
-** new place in the low 23 bits. */
-template <int COLUMNS>
-__device__ __forceinline__ uint32_t qm_mpq_round(const qm_adam_numbers &step,
-                                                 const qm_mpq_span &span,
-                                                 const qm_mpq_units<COLUMNS> &units,
-                                                 bool stochastic, bool momentum, int j, float place,
-                                                 uint32_t random, qm_mpq_row<COLUMNS> *row,
-                                                 qm_mpq_counts *counts) {
-  const float bias = QM_MPQ_PLACE + (float)span.half, move = -row->down[j] * span.unit;
-  float wanted;
-  if (stochastic) {
-    const float low = floorf(move);
-    wanted = place + low + (qm_uniform_of(random) < move - low ? 1.0f : 0.0f);
-  } else {
-    wanted = rintf(place - bias + move) + bias;
-  }
-  const float got = fminf(fmaxf(wanted, span.low + bias), span.high + bias);
-  counts->clipped += got != wanted ? 1.0f : 0.0f;
-  if (momentum) {
-    /* Beyond the grid's ends nothing is owed: paying it back would only wind the momentum up. */
-    const float target = place - bias + move;
-    const bool inside = target >= span.low && target <= span.high;
-    const float lost = inside ? units.scale[j] * (move - (got - place)) : 0.0f;
-    const float m = row->m[j] - step.inject * row->denominator[j] * lost;
-    if (!(row->refused >> j & 1u)) row->m[j] = m;
-  }
-  return __float_as_uint(got);
 }
 
 /* ---- health ---- */
@@ -220,7 +236,7 @@ __device__ __forceinline__ void qm_mpq_add_health(int64_t *health, const qm_mpq_
   if (threadIdx.x < 3) totals[threadIdx.x] = 0;
   __syncthreads();
   const uint32_t moved = __reduce_add_sync(0xFFFFFFFFu, counts.moved);
-  const uint32_t clipped = __reduce_add_sync(0xFFFFFFFFu, (uint32_t)counts.clipped);
+  const uint32_t clipped = __reduce_add_sync(0xFFFFFFFFu, counts.clipped);
   const uint32_t skipped = __reduce_add_sync(0xFFFFFFFFu, counts.skipped);
   if (threadIdx.x % 32 == 0) {
     if (moved != 0) atomicAdd(&totals[0], moved);
@@ -231,7 +247,8 @@ __device__ __forceinline__ void qm_mpq_add_health(int64_t *health, const qm_mpq_
   unsigned long long *out = (unsigned long long *)health;
   if (threadIdx.x < 3 && totals[threadIdx.x] != 0)
     atomicAdd(out + 1 + threadIdx.x, (unsigned long long)totals[threadIdx.x]);
-  if (threadIdx.x == 0 && blockIdx.x == 0) atomicAdd(out, (unsigned long long)elements);
+  if (threadIdx.x == 0 && blockIdx.x == 0 && blockIdx.y == 0)
+    atomicAdd(out, (unsigned long long)elements);
 }
 
 #endif

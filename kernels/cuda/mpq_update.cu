@@ -31,36 +31,27 @@ static __device__ uint32_t update_element(const qm_mpq_update_args &args,
                                           qm_mpq_counts *counts) {
   const qm_mpq_view &q = args.q;
   const int64_t at = place.feature * q.n + n;
-  const uint64_t element = (uint64_t)(p * q.n + n);
-  qm_mpq_units<1> units;
-  units.scale[0] = qm_mpq_scale(&q, place.group, n);
-  units.rate[0] = qm_mpq_step_rate(step.rate, units.scale[0]);
-  units.zero[0] = qm_mpq_step_zero(q.asym, units.scale[0], qm_mpq_zero(&q, place.group, n));
-  qm_mpq_row<1> row;
-  const uint32_t before = read_place(q, span, p, n), code = before >> span.bits;
-  row.code[0] = (float)code;
-  row.grad[0] = qm_load(args.grad.data, args.grad.dtype, at);
-  if (MOMENTS) {
-    row.m[0] = qm_load(args.exp_avg.data, args.exp_avg.dtype, at);
-    row.v[0] = qm_load(args.exp_avg_sq.data, args.exp_avg_sq.dtype, at);
-  }
-  row.refused = 0;
-  qm_mpq_direct_careful<1, MOMENTS>(step, units, &row, counts);
-  const bool stochastic = args.options.rounding == QM_ROUND_STOCHASTIC;
   const qm_noise noise = qm_adam_noise(&step, QM_STREAM_CODES);
-  const uint32_t random = stochastic ? qm_bits(&noise, element) : 0;
-  const bool momentum = args.options.feedback == QM_FEEDBACK_MOMENTUM;
-  const uint32_t after = qm_mpq_round<1>(step, span, units, stochastic, momentum, 0,
-                                         qm_mpq_place_of(before), random, &row, counts) &
-                         0x7FFFFFu;
-  if (MOMENTS && row.refused == 0) {
-    const bool half = args.exp_avg.dtype == QM_BF16;
-    const qm_noise moment_noise = qm_adam_noise(&step, QM_STREAM_EXP_AVG);
-    const uint32_t bits = half ? qm_bits(&moment_noise, element) : 0;
-    store_moment(args.exp_avg, at, row.m[0], qm_exp_avg_bits(bits));
-    store_moment(args.exp_avg_sq, at, row.v[0], qm_exp_avg_sq_bits(bits));
+  qm_mpq_element x;
+  x.place = read_place(q, span, p, n);
+  x.random = qm_bits(&noise, (uint64_t)(p * q.n + n));
+  x.scale = qm_mpq_scale(&q, place.group, n);
+  x.rate = qm_mpq_step_rate(step.rate, x.scale);
+  x.zero = qm_mpq_step_zero(q.asym, x.scale, qm_mpq_zero(&q, place.group, n));
+  x.grad = qm_load(args.grad.data, args.grad.dtype, at);
+  if (MOMENTS) {
+    x.m = qm_load(args.exp_avg.data, args.exp_avg.dtype, at);
+    x.v = qm_load(args.exp_avg_sq.data, args.exp_avg_sq.dtype, at);
   }
-  counts->moved += after >> span.bits != code;
+  const uint32_t before = x.place >> span.bits;
+  const uint32_t after =
+      qm_mpq_step_carefully<MOMENTS>(step, span, args.options.rounding == QM_ROUND_STOCHASTIC,
+                                     args.options.feedback == QM_FEEDBACK_MOMENTUM, &x, counts);
+  if (MOMENTS && !x.refused) {
+    store_moment(args.exp_avg, at, x.m, qm_exp_avg_bits(x.random));
+    store_moment(args.exp_avg_sq, at, x.v, qm_exp_avg_sq_bits(x.random));
+  }
+  counts->moved += after >> span.bits != before;
   return after;
 }
 
@@ -72,7 +63,7 @@ static __global__ __launch_bounds__(THREADS) void mpq_update(
   if (step.skip) return;
   const qm_mpq_view &q = args.q;
   const int64_t stride = (int64_t)gridDim.x * THREADS;
-  qm_mpq_counts counts = {0, 0, 0.0f};
+  qm_mpq_counts counts = {0, 0, 0};
   for (int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x; i < strips; i += stride) {
     const int64_t n = i % q.n, first = i / q.n * QM_MPQ_ROWS;
     qm_mpq_word codes = qm_mpq_codes_of(q, first, n);

@@ -1,77 +1,22 @@
 /* mpq_update_fused.cu - one Adam step of a quantized parameter, each byte read and written once.
 **
 ** Reference: kernels/reference/mpq_update.c, equal bit for bit.
-** Launch:    a thread owns one word row of 4 columns and walks its rows, whose gradients and
-**            moments are 16 bytes each in f32; the next rows are on their way meanwhile. One block
-**            of random bits serves the 4 columns. Codes leave a word at its low end and enter at
-**            the high one.
+** Launch:    a thread walks down 4 columns, a word or two of them. AHEAD rows are on their way
+**            through shared memory while one is at work: 4 gradients and moments, 16 bytes each in
+**            f32. One Philox block serves 4 columns. Codes leave a word at its low end and enter at
+**            the high one. Registers decide how many threads hide each other's latency: what a row
+**            needs once lies in shared memory.
 ** Cost:      4 bits, f32 gradient and moments: reads 12.5 and writes 8.5 bytes an element, memory
 **            bound; bf16 moments 8.5 and 4.5 (f32 gradient), where instructions weigh as much.
 */
+#include "copy_async.cuh"
+#include "four.cuh"
 #include "mpq_step.cuh"
 #include "mpq_update.cuh"
+#include "noise.cuh"
 
-enum { THREADS = 128, COLUMNS = 4 };
-enum { AHEAD = 1 }; /* rows on their way while one is at work */
-
-/* Four neighbouring elements of one row as they lie in memory. */
-template <typename T>
-struct four;
-template <>
-struct four<float> {
-  float4 raw;
-  __device__ __forceinline__ void load(const float *x) { raw = __ldcs((const float4 *)x); }
-  __device__ __forceinline__ void expand(float out[4]) const {
-    out[0] = raw.x, out[1] = raw.y, out[2] = raw.z, out[3] = raw.w;
-  }
-};
-template <>
-struct four<__nv_bfloat16> {
-  uint2 raw;
-  __device__ __forceinline__ void load(const __nv_bfloat16 *x) { raw = __ldcs((const uint2 *)x); }
-  __device__ __forceinline__ void expand(float out[4]) const {
-    out[0] = __uint_as_float(raw.x << 16), out[1] = __uint_as_float(raw.x & 0xFFFF0000u);
-    out[2] = __uint_as_float(raw.y << 16), out[3] = __uint_as_float(raw.y & 0xFFFF0000u);
-  }
-};
-
-static __device__ __forceinline__ void store(float *m_out, float *v_out, const float m[4],
-                                             const float v[4], const uint32_t random[4]) {
-  (void)random;
-  __stcs((float4 *)m_out, make_float4(m[0], m[1], m[2], m[3]));
-  __stcs((float4 *)v_out, make_float4(v[0], v[1], v[2], v[3]));
-}
-/* Adding the random half word to the bits rounds; infinity and 0x7FC0 stay what they are. */
-static __device__ __forceinline__ uint32_t round_pair(float a, float b, uint32_t random_a,
-                                                      uint32_t random_b) {
-  return __byte_perm(__float_as_uint(a) + random_a, __float_as_uint(b) + random_b, 0x7632);
-}
-static __device__ __forceinline__ void store(__nv_bfloat16 *m_out, __nv_bfloat16 *v_out,
-                                             const float m[4], const float v[4],
-                                             const uint32_t random[4]) {
-  uint32_t low[4], high[4];
-#pragma unroll
-  for (int j = 0; j < 4; j++) {
-    low[j] = qm_exp_avg_bits(random[j]);
-    high[j] = qm_exp_avg_sq_bits(random[j]);
-  }
-  __stcs((uint2 *)m_out, make_uint2(round_pair(m[0], m[1], low[0], low[1]),
-                                    round_pair(m[2], m[3], low[2], low[3])));
-  __stcs((uint2 *)v_out, make_uint2(round_pair(v[0], v[1], high[0], high[1]),
-                                    round_pair(v[2], v[3], high[2], high[3])));
-}
-
-/* Words of four columns. */
-struct four_words {
-  uint32_t at[4];
-  __device__ __forceinline__ void load(const uint32_t *words) {
-    const uint4 raw = __ldcs((const uint4 *)words);
-    at[0] = raw.x, at[1] = raw.y, at[2] = raw.z, at[3] = raw.w;
-  }
-  __device__ __forceinline__ void store(uint32_t *words) const {
-    __stcs((uint4 *)words, make_uint4(at[0], at[1], at[2], at[3]));
-  }
-};
+enum { THREADS = 128, COLUMNS = 4, BITS = 4, PER_WORD = 8, AHEAD = 3, SLOTS = AHEAD + 1 };
+enum { BLOCKS = 5 }; /* of a multiprocessor at once */
 
 /* The numbers in force, in registers that a warp shares: all lanes must call. */
 static __device__ __forceinline__ qm_adam_numbers shared_numbers(const qm_adam_source &source) {
@@ -84,113 +29,199 @@ static __device__ __forceinline__ qm_adam_numbers shared_numbers(const qm_adam_s
   return all.numbers;
 }
 
-static constexpr __host__ __device__ qm_mpq_span span_of(int bits, int residual) {
+static constexpr __host__ __device__ qm_mpq_span span_of(int residual) {
   const int half = residual > 0 ? 1 << (residual - 1) : 0;
-  const int top = (((1 << bits) - 1) << residual) + (half > 0 ? half - 1 : 0);
+  const int top = (((1 << BITS) - 1) << residual) + (half > 0 ? half - 1 : 0);
   return {residual, half, (float)(1 << residual), -(float)half, (float)top};
 }
 
-/* Moments of type M (void: none), codes of BITS, a residual of RESIDUAL bits. */
-template <typename G, typename M, int BITS, int RESIDUAL, bool STOCHASTIC, bool MOMENTUM,
-          int BLOCKS = MOMENTUM || RESIDUAL != 0 ? 4 : 5>
-static __global__ __launch_bounds__(THREADS, BLOCKS) void mpq_update_fused(
-    const __grid_constant__ qm_mpq_view q, const G *grad, M *exp_avg, M *exp_avg_sq,
-    int64_t *health, const __grid_constant__ qm_adam_source source, uint32_t across,
-    uint32_t quads) {
-  constexpr bool MOMENTS = !std::is_same<M, void>::value;
+/* x[j], and x[j] = value, where x stays in registers. */
+template <typename T>
+static __device__ __forceinline__ T pick(const T x[COLUMNS], int j) {
+  return j < 2 ? (j == 0 ? x[0] : x[1]) : (j == 2 ? x[2] : x[3]);
+}
+static __device__ __forceinline__ void put(float x[COLUMNS], int j, float value) {
+#pragma unroll
+  for (int i = 0; i < COLUMNS; i++) x[i] = i == j ? value : x[i];
+}
+
+/* What a launch works on. */
+template <typename G, typename M>
+struct fused_operands {
+  const G *grad;
+  M *exp_avg, *exp_avg_sq;
+  int64_t *health;
+  uint32_t across, words; /* quads in a row, words in a column */
+};
+
+/* Moments of type M (void: none), a residual of RESIDUAL bits. */
+template <typename G, typename M, int RESIDUAL, bool STOCHASTIC, bool MOMENTUM>
+struct fused {
+  static constexpr bool MOMENTS = !std::is_same<M, void>::value;
   using moment = typename std::conditional<MOMENTS, M, float>::type;
-  constexpr int PER_WORD = 32 / BITS, PER_REST = RESIDUAL > 0 ? 32 / RESIDUAL : 1;
-  constexpr int ROWS = PER_WORD < 8 ? 8 : PER_WORD, SLOTS = AHEAD + 1;
-  static_assert(ROWS % SLOTS == 0, "rows take turns in the slots");
-  constexpr qm_mpq_span span = span_of(BITS, RESIDUAL);
-  const qm_adam_numbers step = shared_numbers(source);
-  if (step.skip) return;
-  qm_mpq_counts counts = {0, 0, 0.0f};
-  const uint32_t i = blockIdx.x * (uint32_t)THREADS + threadIdx.x;
-  if (i < quads) {
-    const uint32_t strip = i / across, first_row = strip * ROWS;
-    const int64_t n_count = q.n, n = (int64_t)(i - strip * across) * COLUMNS;
-    int64_t at = first_row * n_count + n;
-    const G *grad_at = grad + at;
-    const moment *m_at = (const moment *)exp_avg + at, *v_at = (const moment *)exp_avg_sq + at;
-    four<G> gs[SLOTS];
-    four<moment> ms[SLOTS], vs[SLOTS];
-    const auto fetch = [&](int slot) {
-      gs[slot].load(grad_at);
-      if (MOMENTS) ms[slot].load(m_at);
-      if (MOMENTS) vs[slot].load(v_at);
-      grad_at += n_count, m_at += n_count, v_at += n_count;
-    };
-#pragma unroll
-    for (int slot = 0; slot < AHEAD; slot++) fetch(slot);
-    uint32_t *data = (uint32_t *)q.data.data + first_row / PER_WORD * n_count + n;
-    uint32_t *rest = (uint32_t *)q.residual.data;
-    four_words words, before, rests;
-    words.load(data);
-    if (RESIDUAL > 0) rests.load(rest += first_row / PER_REST * n_count + n);
-    const qm_noise code_noise = qm_adam_noise(&step, QM_STREAM_CODES);
-    const qm_noise moment_noise = qm_adam_noise(&step, QM_STREAM_EXP_AVG);
-    const float watch = qm_mpq_watch(step);
+  static constexpr bool HALF = MOMENTS && sizeof(moment) == 2, DRAWS = STOCHASTIC || HALF;
+  static constexpr int PER_REST = RESIDUAL > 0 ? 32 / RESIDUAL : PER_WORD;
+  static_assert(PER_WORD % SLOTS == 0 && PER_REST % SLOTS == 0, "rows take turns");
+  /* Words of a column that a thread walks. Short walks keep the memory busy; longer ones spread
+  ** what is done once, which weighs where rows are short of bytes. */
+  static constexpr uint32_t SHARE = MOMENTS && !HALF ? 1 : 2;
+
+  /* A block's shared memory; each thread has its own places, and waits for nobody. */
+  struct shared {
+    qm_four<G> grad[SLOTS][THREADS];
+    qm_four<moment> m[MOMENTS ? SLOTS : 1][THREADS], v[MOMENTS ? SLOTS : 1][THREADS];
+    qm_four<uint32_t> codes[2][THREADS], rests[RESIDUAL > 0 ? THREADS : 1];
+    qm_four<float> scale[MOMENTUM ? THREADS : 1], rate[THREADS], zero[THREADS];
+  };
+
+  /* Lay out what belongs to a group; its root_least. */
+  static __device__ __forceinline__ float enter_group(const qm_mpq_view &q,
+                                                      const qm_adam_numbers &step, uint32_t group,
+                                                      uint32_t column, shared &mine) {
+    const uint32_t t = threadIdx.x;
     qm_mpq_units<COLUMNS> units;
-    qm_mpq_units_of<COLUMNS, BITS>(q, step.rate, first_row / (uint32_t)q.group_size, n, &units);
-    before = words;
+    qm_mpq_units_of<COLUMNS, BITS>(q, step.rate, group, (int64_t)column * COLUMNS, &units);
+    mine.rate[t].keep(units.rate);
+    mine.zero[t].keep(units.zero);
+    if (MOMENTUM) mine.scale[t].keep(units.scale);
+    return qm_mpq_root_least(step, units);
+  }
+
+  /* A row column by column, whose operands still lie in `slot`. */
+  static __device__ __forceinline__ void step_carefully(const shared &mine, int slot,
+                                                        const qm_adam_numbers &step,
+                                                        const uint32_t random[COLUMNS],
+                                                        qm_mpq_row<COLUMNS> *row,
+                                                        qm_mpq_counts *counts) {
+    const uint32_t t = threadIdx.x;
 #pragma unroll 1
-    for (int base = 0; base < ROWS; base += SLOTS) {
-#pragma unroll
-      for (int slot = 0; slot < SLOTS; slot++) {
-        const int r = base + slot;
-        if (r + AHEAD < ROWS) fetch((slot + AHEAD) % SLOTS);
-        if (PER_WORD < ROWS && r > 0 && r % PER_WORD == 0) {
-          words.load(data += n_count);
-          before = words;
-        }
-        if (RESIDUAL > 0 && PER_REST < ROWS && r > 0 && r % PER_REST == 0)
-          rests.load(rest += n_count);
-        qm_mpq_row<COLUMNS> row;
-        gs[slot].expand(row.grad);
-        if (MOMENTS) ms[slot].expand(row.m);
-        if (MOMENTS) vs[slot].expand(row.v);
-        float place[COLUMNS];
-#pragma unroll
-        for (int j = 0; j < COLUMNS; j++) {
-          place[j] = qm_mpq_place_of(words.at[j] & qm_mpq_mask(BITS));
-          row.code[j] = place[j] - QM_MPQ_PLACE;
-          if (RESIDUAL > 0)
-            place[j] = qm_mpq_place_of((words.at[j] & qm_mpq_mask(BITS)) << RESIDUAL |
-                                       (rests.at[j] & qm_mpq_mask(RESIDUAL)));
-        }
-        qm_mpq_direct<COLUMNS, MOMENTS>(step, watch, units, &row, &counts);
-        const uint64_t block = (uint64_t)at / COLUMNS;
-        uint32_t random[4] = {0, 0, 0, 0};
-        if (STOCHASTIC) qm_philox(&code_noise, block, random);
-#pragma unroll
-        for (int j = 0; j < COLUMNS; j++) {
-          const uint32_t after = qm_mpq_round<COLUMNS>(step, span, units, STOCHASTIC, MOMENTUM, j,
-                                                       place[j], random[j], &row, &counts);
-          words.at[j] = __funnelshift_r(words.at[j], after >> RESIDUAL, BITS);
-          if (RESIDUAL > 0) rests.at[j] = __funnelshift_r(rests.at[j], after, RESIDUAL);
-        }
-        if (MOMENTUM && sizeof(moment) == 2) { /* a NaN of which rounding makes no number */
-#pragma unroll
-          for (int j = 0; j < COLUMNS; j++)
-            if (row.m[j] != row.m[j]) row.m[j] = __uint_as_float(0x7FC00000u);
-        }
-        if (MOMENTS) {
-          if (sizeof(moment) == 2) qm_philox(&moment_noise, block, random);
-          store((moment *)exp_avg + at, (moment *)exp_avg_sq + at, row.m, row.v, random);
-        }
-        at += n_count;
-        if (RESIDUAL > 0 && r % PER_REST == PER_REST - 1) rests.store(rest);
-        if (r % PER_WORD == PER_WORD - 1) {
-          words.store(data);
-#pragma unroll
-          for (int j = 0; j < COLUMNS; j++)
-            counts.moved += qm_mpq_changed(before.at[j], words.at[j], BITS);
-        }
-      }
+    for (int j = 0; j < COLUMNS; j++) {
+      qm_mpq_element x;
+      x.place = __float_as_uint(pick(row->place, j)) - QM_MPQ_PLACE_BITS;
+      x.random = pick(random, j);
+      x.scale = MOMENTUM ? mine.scale[t].at(j) : 1.0f;
+      x.rate = mine.rate[t].at(j), x.zero = mine.zero[t].at(j);
+      x.grad = mine.grad[slot][t].at(j), x.m = x.v = 0.0f;
+      if (MOMENTS) x.m = mine.m[slot][t].at(j), x.v = mine.v[slot][t].at(j);
+      const uint32_t after =
+          qm_mpq_step_carefully<MOMENTS>(step, span_of(RESIDUAL), STOCHASTIC, MOMENTUM, &x, counts);
+      /* An arithmetic NaN is none any more where rounding carries. */
+      if (MOMENTUM && HALF && x.m != x.m) x.m = __uint_as_float(0x7FC00000u);
+      put(row->m, j, x.m);
+      put(row->v, j, x.v);
+      put(row->got, j, __uint_as_float(after + QM_MPQ_PLACE_BITS));
     }
   }
-  qm_mpq_add_health(health, counts, q.k * q.n);
+
+  static __device__ __forceinline__ void run(const qm_mpq_view &q, const qm_adam_numbers &step,
+                                             const fused_operands<G, moment> &to, shared &mine,
+                                             qm_mpq_counts *counts) {
+    const uint32_t column = blockIdx.x * (uint32_t)THREADS + threadIdx.x, across = to.across;
+    const uint32_t first = blockIdx.y * SHARE, t = threadIdx.x;
+    const uint32_t end = first + SHARE < to.words ? first + SHARE : to.words;
+    /* Not a constant to the compiler, which so masks a code and sets these bits at once. */
+    const uint32_t place_bits = __reduce_or_sync(0xFFFFFFFFu, QM_MPQ_PLACE_BITS);
+    const qm_philox_keys keys(qm_adam_noise(&step, QM_STREAM_CODES));
+    if (column >= across) return;
+    /* What lies in this thread's columns. Rows and words are counted in quads. */
+    const G *grad = to.grad + (int64_t)column * COLUMNS;
+    moment *exp_avg = to.exp_avg + (int64_t)column * COLUMNS;
+    moment *exp_avg_sq = to.exp_avg_sq + (int64_t)column * COLUMNS;
+    uint32_t *data = (uint32_t *)q.data.data + (int64_t)column * COLUMNS;
+    uint32_t *residual = (uint32_t *)q.residual.data + (int64_t)column * COLUMNS;
+    uint32_t row_at = first * PER_WORD * across;
+    uint32_t rest_at = RESIDUAL > 0 ? first * (PER_WORD / PER_REST) * across : 0;
+    const uint32_t behind = end * PER_WORD * across;
+    /* Row `r` of a word goes to its slot, and with it what begins there. */
+    const auto fetch = [&](int r, uint32_t ahead, uint32_t word, uint32_t rest_from) {
+      const int slot = r % SLOTS;
+      if (ahead < behind) {
+        qm_copy_four(&mine.grad[slot][t], grad, ahead);
+        if (MOMENTS) qm_copy_four(&mine.m[slot][t], exp_avg, ahead);
+        if (MOMENTS) qm_copy_four(&mine.v[slot][t], exp_avg_sq, ahead);
+        if (r % PER_WORD == 0) qm_copy_four(&mine.codes[word % 2][t], data, word * across);
+        if (RESIDUAL > 0 && r % PER_REST == 0) qm_copy_four(&mine.rests[t], residual, rest_from);
+      }
+      qm_copy_commit();
+    };
+#pragma unroll
+    for (int r = 0; r < AHEAD; r++) fetch(r, row_at + r * across, first, rest_at);
+    const uint32_t group_words = (uint32_t)q.group_size / PER_WORD;
+    uint32_t group_end = first; /* in words */
+    float root_least = 0.0f;
+    for (uint32_t word = first; word < end; word++) {
+      if (word >= group_end) {
+        const uint32_t group = word / group_words;
+        root_least = enter_group(q, step, group, column, mine);
+        group_end = (group + 1) * group_words;
+      }
+      uint32_t codes[COLUMNS], rests[COLUMNS];
+#pragma unroll 1
+      for (int base = 0; base < PER_WORD; base += SLOTS) {
+#pragma unroll
+        for (int slot = 0; slot < SLOTS; slot++) {
+          const int r = base + slot;
+          qm_copy_wait<AHEAD - 1>();
+          if (r == 0) mine.codes[word % 2][t].expand(codes);
+          if (RESIDUAL > 0 && r % PER_REST == 0) mine.rests[t].expand(rests);
+          qm_mpq_row<COLUMNS> row;
+          mine.grad[slot][t].expand(row.grad);
+          if (MOMENTS) mine.m[slot][t].expand(row.m), mine.v[slot][t].expand(row.v);
+          fetch(r + AHEAD, row_at + AHEAD * across, word + 1, rest_at + across);
+          qm_mpq_units<COLUMNS> units;
+          if (MOMENTUM) mine.scale[t].expand(units.scale);
+          mine.rate[t].expand(units.rate);
+          mine.zero[t].expand(units.zero);
+#pragma unroll
+          for (int j = 0; j < COLUMNS; j++) {
+            const uint32_t code = codes[j] & qm_mpq_mask(BITS);
+            row.place[j] = __uint_as_float(code | place_bits);
+            row.code[j] = row.place[j] - QM_MPQ_PLACE;
+            if (RESIDUAL > 0)
+              row.place[j] = __uint_as_float(code << RESIDUAL | (rests[j] & qm_mpq_mask(RESIDUAL)) |
+                                             place_bits);
+          }
+          uint32_t random[COLUMNS] = {};
+          if (DRAWS) keys.draw(row_at + column, random);
+          qm_mpq_step_quickly<COLUMNS, MOMENTS, BITS, RESIDUAL, STOCHASTIC, MOMENTUM>(
+              step, units, root_least, random, &row, counts,
+              [&] { step_carefully(mine, slot, step, random, &row, counts); });
+          if (MOMENTS) qm_store_moments(exp_avg, exp_avg_sq, row_at, row.m, row.v, random);
+#pragma unroll
+          for (int j = 0; j < COLUMNS; j++) {
+            const uint32_t after = __float_as_uint(row.got[j]);
+            codes[j] = __funnelshift_r(codes[j], after >> RESIDUAL, BITS);
+            if (RESIDUAL > 0) rests[j] = __funnelshift_r(rests[j], after, RESIDUAL);
+          }
+          if (RESIDUAL > 0 && r % PER_REST == PER_REST - 1) {
+            qm_store_words(residual, rest_at, rests);
+            rest_at += across;
+          }
+          row_at += across;
+        }
+      }
+      qm_store_words(data, word * across, codes);
+      uint32_t before[COLUMNS];
+      mine.codes[word % 2][t].expand(before);
+#pragma unroll
+      for (int j = 0; j < COLUMNS; j++) counts->moved += qm_mpq_changed(before[j], codes[j], BITS);
+    }
+  }
+};
+
+template <typename G, typename M, int RESIDUAL, bool STOCHASTIC, bool MOMENTUM>
+static __global__ __launch_bounds__(THREADS, BLOCKS) void mpq_update_fused(
+    const __grid_constant__ qm_mpq_view q, const __grid_constant__ qm_adam_source source,
+    const __grid_constant__
+        fused_operands<G, typename fused<G, M, RESIDUAL, STOCHASTIC, MOMENTUM>::moment>
+            operands) {
+  using body = fused<G, M, RESIDUAL, STOCHASTIC, MOMENTUM>;
+  __shared__ typename body::shared mine;
+  const qm_adam_numbers step = shared_numbers(source);
+  if (step.skip) return;
+  qm_mpq_counts counts = {0, 0, 0};
+  body::run(q, step, operands, mine, &counts);
+  qm_mpq_add_health(operands.health, counts, q.k * q.n);
 }
 
 /* ---- launch ---- */
@@ -203,15 +234,22 @@ struct fused_call {
 
 template <typename G, typename M, int RESIDUAL, bool STOCHASTIC, bool MOMENTUM>
 static bool launch(const fused_call &call) {
-  constexpr int BITS = 4, ROWS = 8;
+  using body = fused<G, M, RESIDUAL, STOCHASTIC, MOMENTUM>;
+  using moment = typename body::moment;
   const qm_mpq_update_args *args = call.args;
-  const int64_t across = args->q.n / COLUMNS, quads = args->q.k / ROWS * across;
-  if (quads > INT32_MAX) return false;
-  if (quads == 0) return true;
-  mpq_update_fused<G, M, BITS, RESIDUAL, STOCHASTIC, MOMENTUM>
-      <<<(unsigned)qm_ceil_div(quads, THREADS), THREADS, 0, call.cuda->compute>>>(
-          args->q, (const G *)args->grad.data, (M *)args->exp_avg.data, (M *)args->exp_avg_sq.data,
-          (int64_t *)args->health.data, call.source, (uint32_t)across, (uint32_t)quads);
+  const int64_t across = args->q.n / COLUMNS, words = args->q.k / PER_WORD;
+  const int64_t high = qm_ceil_div(words, body::SHARE);
+  if ((args->q.k + PER_WORD) * across > UINT32_MAX || high > UINT16_MAX) return false;
+  if (across * words == 0) return true;
+  const fused_operands<G, moment> operands = {(const G *)args->grad.data,
+                                              (moment *)args->exp_avg.data,
+                                              (moment *)args->exp_avg_sq.data,
+                                              (int64_t *)args->health.data,
+                                              (uint32_t)across,
+                                              (uint32_t)words};
+  const dim3 grid((unsigned)qm_ceil_div(across, THREADS), (unsigned)high);
+  mpq_update_fused<G, M, RESIDUAL, STOCHASTIC, MOMENTUM>
+      <<<grid, THREADS, 0, call.cuda->compute>>>(args->q, call.source, operands);
   return true;
 }
 

@@ -13,8 +13,8 @@ static void store(const qm_array *out, int64_t i, float x, uint32_t random) {
     ((float *)out->data)[i] = x;
 }
 
-static uint32_t random_bits(const qm_adam_numbers *c, uint32_t stream, int64_t i) {
-  const qm_noise noise = qm_adam_noise(c, stream);
+static uint32_t random_bits(const qm_adam_numbers *c, int64_t i) {
+  const qm_noise noise = qm_adam_noise(c, QM_STREAM_EXP_AVG);
   return qm_bits(&noise, (uint64_t)i);
 }
 
@@ -26,7 +26,7 @@ static float advance(const qm_array *grad, const qm_array *exp_avg, const qm_arr
   float m = qm_load(exp_avg->data, exp_avg->dtype, i);
   float v = qm_load(exp_avg_sq->data, exp_avg_sq->dtype, i);
   const float u = qm_adam_advance(c, g, &m, &v);
-  const uint32_t random = random_bits(c, QM_STREAM_EXP_AVG, i);
+  const uint32_t random = random_bits(c, i);
   store(exp_avg, i, m, qm_exp_avg_bits(random));
   store(exp_avg_sq, i, v, qm_exp_avg_sq_bits(random));
   return u;
@@ -42,7 +42,7 @@ int32_t qm_reference_adamw(void *context, const qm_adamw_args *args) {
   for (int64_t i = 0; i < args->param.count; i++) {
     const float u = advance(&args->grad, &args->exp_avg, &args->exp_avg_sq, i, &c);
     const float w = qm_load(args->param.data, args->param.dtype, i);
-    store(&args->param, i, qm_adam_move(&c, w, u), random_bits(&c, QM_STREAM_WEIGHT, i));
+    store(&args->param, i, qm_adam_move(&c, w, u), qm_weight_bits(random_bits(&c, i)));
   }
   return QM_OK;
 }

@@ -4,13 +4,13 @@
 **   m = beta1 m + (1 - beta1) g;  v = beta2 v + (1 - beta2) g g;  D = sqrt(v) + eps
 **   d = -(a m / (D scale) + lr weight_decay (q - zero)): decoupled decay is inside, before rounding
 **   nearest:    q' = round(q + d), halves to even
-**   stochastic: q' = q + floor(d) + (random < d - floor(d)), never floor(d + random)
+**   stochastic: q' = q + floor(d) + (random < d - floor(d)), never floor(d + random), which rounds
 **   residual:   the same on q 2^rb + r and 2^rb d; q' is the nearest code, r' the rest
 **   momentum:   e = scale (q + d - q') after clamping;
 **               m -= (1 - beta1) / beta1 (1 - beta1^(t+1)) / lr_(t+1) D / sqrt(1 - beta2^t) e
 ** Source: Adam with decoupled decay, arXiv 1711.05101; momentum feedback (ECO), arXiv 2601.22101.
-** Random bits: element p * N + n (packed row p) of streams CODES and, for bf16 moments, EXP_AVG,
-**              one word for both (see qm_exp_avg_bits).
+** Random bits: the word of element p * N + n (packed row p) of stream CODES, for the code and bf16
+**              moments (see qm_exp_avg_bits).
 ** No operation here is fused, so that every device gives the same integers and moments.
 */
 #include "mpq.h"
@@ -72,12 +72,11 @@ static void update_element(const qm_mpq_update_args *args, const qm_adam_numbers
   if (span->bits > 0)
     start += (int32_t)qm_mpq_field(q->residual.data, span->bits, q->n, p, n) - span->half;
   const float move = limit(d * span->unit);
+  const qm_noise noise = qm_adam_noise(step, QM_STREAM_CODES);
+  const uint32_t random = qm_bits(&noise, element);
   float wanted = rintf((float)start + move);
-  if (args->options.rounding == QM_ROUND_STOCHASTIC) {
-    const qm_noise bits = qm_adam_noise(step, QM_STREAM_CODES);
-    const float low = floorf(move);
-    wanted = (float)start + low + (qm_uniform(&bits, element) < move - low ? 1.0f : 0.0f);
-  }
+  if (args->options.rounding == QM_ROUND_STOCHASTIC)
+    wanted = (float)start + qm_mpq_stochastic(move, floorf(move), qm_uniform_of(random));
   const float got = wanted < span->low ? span->low : wanted > span->high ? span->high : wanted;
   const int32_t steps = (int32_t)got, new_code = (steps + span->half) >> span->bits;
   health[1] += new_code != code;
@@ -94,8 +93,6 @@ static void update_element(const qm_mpq_update_args *args, const qm_adam_numbers
     const float lost = inside ? scale * (move - (got - (float)start)) : 0.0f;
     next.m -= step->inject * next.denominator * lost;
   }
-  const qm_noise moment_noise = qm_adam_noise(step, QM_STREAM_EXP_AVG);
-  const uint32_t random = qm_bits(&moment_noise, element);
   store_moment(&args->exp_avg, at, next.m, qm_exp_avg_bits(random));
   store_moment(&args->exp_avg_sq, at, next.v, qm_exp_avg_sq_bits(random));
 }

@@ -81,10 +81,12 @@ function M.to_bf16(x, random)
   return tonumber(both.number)
 end
 
----Both moments of one element as bf16: one word of stream 1, its low half for the first.
+---Both moments of one element as bf16: one word, its low half for the first, the sum of its halves for
+---the second.
 function M.moments_to_bf16(m, v, ...)
   local word = M.random_bits(...)
-  return M.to_bf16(m, word % 65536), M.to_bf16(v, math.floor(word / 65536))
+  local low, high = word % 65536, math.floor(word / 65536)
+  return M.to_bf16(m, low), M.to_bf16(v, (low + high) % 65536)
 end
 
 ---Nearest integer, halves to even.
@@ -181,8 +183,7 @@ function M.update(q, grad, m, v, o)
         local wanted = M.round(f32(start + move))
         if o.rounding == "stochastic" then
           local element = (p - 1) * q.shape[2] + n - 1
-          local low = math.floor(move)
-          wanted = start + low + (M.uniform(o.seed, q.id, t, 0, element) < f32(move - low) and 1 or 0)
+          wanted = start + math.ceil(move - M.uniform(o.seed, q.id, t, 0, element)) -- in doubles
         end
         local got = math.min(math.max(wanted, lowest), highest)
         local new = math.floor((got + half) / unit)
@@ -198,7 +199,7 @@ function M.update(q, grad, m, v, o)
         end
         if o.dtype == "bf16" then
           local element = (p - 1) * q.shape[2] + n - 1
-          first, second = M.moments_to_bf16(first, second, o.seed, q.id, t, 1, element)
+          first, second = M.moments_to_bf16(first, second, o.seed, q.id, t, 0, element)
         end
         m[k][n], v[k][n] = first, second
       end

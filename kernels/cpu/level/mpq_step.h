@@ -27,7 +27,7 @@ typedef struct update_block {
   uint32_t codes[QM_MPQ_COLUMNS], residual[QM_MPQ_COLUMNS]; /* words being filled */
   uint32_t joined[QM_MPQ_COLUMNS], parted[QM_MPQ_COLUMNS];  /* codes that straddle words */
   uint32_t random[QM_MPQ_COLUMNS];
-  qm_noise_keys keys, moment_keys;                                  /* streams CODES and EXP_AVG */
+  qm_noise_keys keys;
   float grad[QM_MPQ_COLUMNS], m[QM_MPQ_COLUMNS], v[QM_MPQ_COLUMNS]; /* where they are not f32 */
 } update_block;
 
@@ -94,8 +94,8 @@ static inline __attribute__((always_inline)) void step_row(const update_call *ca
               span.half;
     float wanted;
     if (rounding == QM_ROUND_STOCHASTIC) {
-      const float low = qm_mpq_floor(move);
-      wanted = (float)start + low + (qm_uniform_of(random[j]) < move - low ? 1.0f : 0.0f);
+      const float u = qm_uniform_of(random[j]);
+      wanted = (float)start + qm_mpq_stochastic(move, qm_mpq_floor(move), u);
     } else {
       wanted = qm_mpq_rint((float)start + move);
     }

@@ -20,7 +20,7 @@ _Static_assert(STEP_VECTORS == 8,
 typedef struct step_piece {
   float move[STEP_PIECE], denominator[STEP_PIECE];
   float m[STEP_PIECE], v[STEP_PIECE]; /* next moments that are not stored yet */
-  uint32_t words[STEP_PIECE], moment_words[STEP_PIECE];
+  uint32_t words[STEP_PIECE];
   int32_t code[STEP_PIECE];
   __mmask16 ok[STEP_VECTORS], moved[STEP_VECTORS], clipped[STEP_VECTORS]; /* a bit each */
 } step_piece;
@@ -170,14 +170,12 @@ QM_STEP_INLINE void step_round(const step_row_512 *c, step_piece *piece, int64_t
     start = _mm512_or_si512(_mm512_sllv_epi32(code, c->bits), residual);
   }
   if (rounding == QM_ROUND_STOCHASTIC) {
-    enum { FLOOR = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC };
-    const __m512i low = _mm512_cvt_roundps_epi32(move, FLOOR);
+    /* ceil(move - u), exactly: rounding the difference up passes no integer. */
+    enum { UP = _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC };
     const __m512i random = _mm512_srli_epi32(_mm512_loadu_si512(piece->words + at), 8);
     const __m512 uniform = _mm512_cvtepi32_ps(random) * step_splat(0x1p-24f);
-    const __m512 fraction = move - _mm512_cvtepi32_ps(low);
-    const __mmask16 up = _mm512_cmp_ps_mask(uniform, fraction, _CMP_LT_OQ);
-    wanted = _mm512_add_epi32(start, low);
-    wanted = _mm512_mask_sub_epi32(wanted, up, wanted, step_integer(-1));
+    const __m512 rest = _mm512_sub_round_ps(move, uniform, UP);
+    wanted = _mm512_add_epi32(start, _mm512_cvt_roundps_epi32(rest, UP));
   } else {
     const __m512 target = _mm512_cvtepi32_ps(_mm512_sub_epi32(start, c->half)) + move;
     wanted = _mm512_add_epi32(_mm512_cvtps_epi32(target), c->half);
@@ -204,6 +202,10 @@ QM_STEP_INLINE __m512i step_raise(const float *x, __m512i random, int feedback) 
   const __mmask16 finite = _mm512_cmp_ps_mask(magnitude, step_splat(FLT_MAX), _CMP_LE_OQ);
   return _mm512_mask_add_epi32(bits, finite, bits, random);
 }
+/* qm_exp_avg_sq_bits */
+QM_STEP_INLINE __m512i step_halves(__m512i words) {
+  return _mm512_srli_epi32(_mm512_add_epi32(words, _mm512_slli_epi32(words, 16)), 16);
+}
 /* Both moments of vectors i and i + 1 to bf16, as qm_to_bf16_stochastic. An arithmetic NaN is quiet
 ** already, and others never come here. */
 QM_STEP_INLINE void step_narrow(const step_row_512 *row, const step_piece *piece, int64_t first,
@@ -212,49 +214,44 @@ QM_STEP_INLINE void step_narrow(const step_row_512 *row, const step_piece *piece
                                     33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
   const int64_t at = i * STEP_LANES, next = at + STEP_LANES, j = first + at;
   const __m512i order = _mm512_loadu_si512(high), low = _mm512_set1_epi32(0xFFFF);
-  const __m512i a = _mm512_loadu_si512(piece->moment_words + at);
-  const __m512i b = _mm512_loadu_si512(piece->moment_words + next);
+  const __m512i a = _mm512_loadu_si512(piece->words + at);
+  const __m512i b = _mm512_loadu_si512(piece->words + next);
   const __mmask32 ok = (__mmask32)piece->ok[i] | (__mmask32)piece->ok[i + 1] << 16;
   const __m512i m = _mm512_permutex2var_epi16(
       step_raise(piece->m + at, _mm512_and_si512(a, low), feedback), order,
       step_raise(piece->m + next, _mm512_and_si512(b, low), feedback));
-  const __m512i v = _mm512_permutex2var_epi16(
-      step_raise(piece->v + at, _mm512_srli_epi32(a, 16), QM_FEEDBACK_NONE), order,
-      step_raise(piece->v + next, _mm512_srli_epi32(b, 16), QM_FEEDBACK_NONE));
+  const __m512i v =
+      _mm512_permutex2var_epi16(step_raise(piece->v + at, step_halves(a), QM_FEEDBACK_NONE), order,
+                                step_raise(piece->v + next, step_halves(b), QM_FEEDBACK_NONE));
   _mm512_mask_storeu_epi16((uint16_t *)row->m + j, ok, m);
   _mm512_mask_storeu_epi16((uint16_t *)row->v + j, ok, v);
 }
 
 /* Both loops; `kind` of moments, like `feedback` and `rounding`, is a constant. */
 QM_STEP_INLINE void step_one_piece(const step_row_512 *row, const qm_noise_keys *keys,
-                                   const qm_noise_keys *moment_keys, step_piece *piece,
-                                   int64_t first, int feedback, int rounding, int kind) {
+                                   step_piece *piece, int64_t first, int feedback, int rounding,
+                                   int kind) {
   const uint64_t element_block = (uint64_t)(row->element + first) >> 2;
   qm_noise_state noise;
 #define ADAM(i) step_adam(row, piece, first, i, feedback, kind)
 #define ROUND(i) step_round(row, piece, first, i, feedback, rounding, kind)
-#define WITH_NOISE(keys, out, work)                                                                \
-  qm_noise_begin(&noise, keys, element_block);                                                     \
-  work(0);                                                                                         \
-  _Pragma("GCC unroll 6") for (int32_t i = 1; i < 7; i++) {                                        \
-    qm_noise_round(&noise, keys, i + 2);                                                           \
-    work(i);                                                                                       \
-  }                                                                                                \
-  qm_noise_end(out, &noise, keys);                                                                 \
-  work(7)
-  if (rounding == QM_ROUND_STOCHASTIC) {
-    WITH_NOISE(keys, piece->words, ADAM);
+  if (rounding == QM_ROUND_STOCHASTIC || kind == MOMENTS_BF16) {
+    qm_noise_begin(&noise, keys, element_block);
+    ADAM(0);
+    _Pragma("GCC unroll 6") for (int32_t i = 1; i < 7; i++) {
+      qm_noise_round(&noise, keys, i + 2);
+      ADAM(i);
+    }
+    qm_noise_end(piece->words, &noise, keys);
+    ADAM(7);
   } else {
     _Pragma("GCC unroll 8") for (int32_t i = 0; i < STEP_VECTORS; i++) ADAM(i);
   }
+  _Pragma("GCC unroll 8") for (int32_t i = 0; i < STEP_VECTORS; i++) ROUND(i);
   if (kind == MOMENTS_BF16) {
-    WITH_NOISE(moment_keys, piece->moment_words, ROUND);
     _Pragma("GCC unroll 4") for (int32_t i = 0; i < STEP_VECTORS; i += 2)
         step_narrow(row, piece, first, i, feedback);
-  } else {
-    _Pragma("GCC unroll 8") for (int32_t i = 0; i < STEP_VECTORS; i++) ROUND(i);
   }
-#undef WITH_NOISE
 #undef ROUND
 #undef ADAM
 }
@@ -265,10 +262,8 @@ static inline int step_enter_noise(const update_call *call, update_block *block,
                                    const update_row *row, int64_t end) {
   const uint64_t first = (uint64_t)row->element >> 2, last = (uint64_t)(row->element + end) >> 2;
   if ((row->element & 3) != 0 || first >> 32 != last >> 32) return 0;
-  const qm_noise codes = qm_adam_noise(&call->step, QM_STREAM_CODES);
-  const qm_noise moments = qm_adam_noise(&call->step, QM_STREAM_EXP_AVG);
-  block->keys = qm_noise_prepare(&codes, first);
-  block->moment_keys = qm_noise_prepare(&moments, first);
+  const qm_noise noise = qm_adam_noise(&call->step, QM_STREAM_CODES);
+  block->keys = qm_noise_prepare(&noise, first);
   return 1;
 }
 
@@ -277,10 +272,10 @@ QM_STEP_INLINE void step_pieces(const update_call *call, update_block *block, co
                                 update_counts *counts, int64_t end, int feedback, int rounding,
                                 int kind) {
   const step_row_512 constants = step_row_512_of(call, block, row);
-  const qm_noise_keys keys = block->keys, moment_keys = block->moment_keys;
+  const qm_noise_keys keys = block->keys;
   step_piece piece;
   for (int64_t first = 0; first < end; first += STEP_PIECE) {
-    step_one_piece(&constants, &keys, &moment_keys, &piece, first, feedback, rounding, kind);
+    step_one_piece(&constants, &keys, &piece, first, feedback, rounding, kind);
     counts->moved += step_count(piece.moved);
     counts->clipped += step_count(piece.clipped);
     counts->skipped += STEP_PIECE - step_count(piece.ok);

@@ -4,7 +4,7 @@
 ** Reference: kernels/reference/mpq_update.c, equal bit for bit (IEEE sqrt and divide, no
 **            contraction, the same random bits).
 ** Cost:      4 bits, f32 moments and gradient: reads 12.5 and writes 8.5 bytes an element, memory
-**            bound; bf16 moments move 8.5 bytes less and draw one more random word.
+**            bound; bf16 moments move 8 bytes less.
 */
 #include "mpq_step.h"
 #include "mpq_step_512.h"
@@ -27,14 +27,11 @@ static float *f32_row(const qm_array *x, int64_t at, int64_t from, int64_t n, fl
   return buffer;
 }
 
-static void store_bf16(const update_call *call, update_block *block, const update_row *row,
-                       int64_t from) {
-  const qm_noise noise = qm_adam_noise(&call->step, QM_STREAM_EXP_AVG);
+static void store_bf16(const update_block *block, const update_row *row, int64_t from) {
   const uint32_t *restrict random = block->random;
   const float *restrict m = block->m, *restrict v = block->v;
   uint16_t *restrict m_out = row->m, *restrict v_out = row->v;
   const int64_t n = block->grid.count;
-  qm_noise_words(block->random + from, &noise, (uint64_t)(row->element + from), n - from);
   for (int64_t j = from; j < n; j++) {
     m_out[j] = qm_to_bf16_stochastic(m[j], qm_exp_avg_bits(random[j]));
     v_out[j] = qm_to_bf16_stochastic(v[j], qm_exp_avg_sq_bits(random[j]));
@@ -64,9 +61,10 @@ static void step_plainly(const update_call *call, update_block *block, update_ro
     m = f32_row(&args->exp_avg, at, from, n, block->m);
     v = f32_row(&args->exp_avg_sq, at, from, n, block->v);
   }
-  if (args->options.rounding == QM_ROUND_STOCHASTIC) draw(call, block, row, from);
+  if (args->options.rounding == QM_ROUND_STOCHASTIC || call->moments == MOMENTS_BF16)
+    draw(call, block, row, from);
   choose_step(call, block, row, m, v, counts, from);
-  if (call->moments == MOMENTS_BF16) store_bf16(call, block, row, from);
+  if (call->moments == MOMENTS_BF16) store_bf16(block, row, from);
 }
 
 #ifdef STEP_512
