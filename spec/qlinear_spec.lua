@@ -218,6 +218,33 @@ describe("qm_mpq_linear", function()
     parity(mpq.random(544, 352, { group_size = 128 }), "f16", 11)
   end)
 
+  -- Sums in f32 of W as its codes and grid have it, or rounded to x's type: 2^-12 or 2^-9 of a weight, which
+  -- sums of random signs do not add up, and as much for the result.
+  it("sums few rows as exactly as their type allows, whatever the groups", function()
+    local exact, turn = { f16 = 2 ^ -10, bf16 = 2 ^ -7 }, 0
+    local function few(k, n, group_size, rows, asym)
+      turn = turn + 1
+      local dtype, scales = turn % 2 == 0 and "f16" or "bf16", math.floor(turn / 2) % 2 == 0 and "f16" or "bf16"
+      local q = mpq.random(k, n, { group_size = group_size, asym = asym, dtype = scales })
+      local x, there = qm.randn({ rows, k }, { device = "reference" }):to(dtype), q:to(testing.device)
+      local expected = qm.matmul(x:to("f32"), q:dequantize("f32"))
+      testing.assert_close(expected, product(x, there, false):to("f32"), exact[dtype],
+        ("%s, %d rows of %s, scales %s"):format(tostring(q), rows, dtype, scales))
+      there:free()
+    end
+    for _, rows in ipairs({ 1, 2, 7, 8, 9, 15, 16, 17 }) do
+      few(32, 8, 32, rows, false)
+      for _, group_size in ipairs({ 32, 64, 128 }) do
+        few(96, 40, group_size, rows, false)
+        few(160, 64, group_size, rows, true)
+      end
+    end
+    few(4128, 1056, 128, 1, true)
+    few(4128, 1048, 64, 16, false)
+    few(4128, 64, 32, 2, true)
+    few(2080, 160, 32, 9, true)
+  end)
+
   it("follows g_idx and q_perm", function()
     for _, dtype in ipairs({ "f32", "bf16" }) do
       parity(mpq.random(96, 64, { group_size = 32, g_idx = mpq.random_groups(96, 3) }), dtype, 4)

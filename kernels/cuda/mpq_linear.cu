@@ -58,11 +58,23 @@ static int32_t launch(qm_cuda *cuda, task p, int64_t length, int64_t outputs) {
   return qm_cuda_launched(cuda, "mpq_linear");
 }
 
+/* Warps enough to fill the device with the blocks that W's columns make: at most 32 a
+** multiprocessor, or 16 with twice the registers, and 128 KiB of codes under way in each. */
+template <typename T, int TILES>
+static int32_t launch_few(qm_cuda *cuda, const task &p) {
+  constexpr int WARPS = TILES == 1 ? 32 : 16, DEPTH = TILES == 1 ? 8 : 16;
+  const int64_t blocks = qm_ceil_div(p.n, 32) / cuda->multiprocessors;
+  if (blocks < 1) return launch<few<few_shape<T, TILES, 1, WARPS, DEPTH, 2, 1>>>(cuda, p, p.k, p.n);
+  if (blocks < 2)
+    return launch<few<few_shape<T, TILES, 1, WARPS / 2, DEPTH, 2, 2>>>(cuda, p, p.k, p.n);
+  return launch<few<few_shape<T, TILES, 1, WARPS / 4, DEPTH, 2, 4>>>(cuda, p, p.k, p.n);
+}
+
 /* Shapes: warps, of them side by side, pieces of output, vectors of codes, stages, blocks. */
 template <typename T>
 static int32_t launch_forward(qm_cuda *cuda, const task &p) {
-  if (p.rows <= FEW_ROWS) return launch_few<T>(cuda, p);
-  if (p.rows <= 16) return launch<forward<shape<T, 2, 8, 1, 2, 4, 3, 2>>>(cuda, p, p.k, p.n);
+  if (p.rows <= 8) return launch_few<T, 1>(cuda, p);
+  if (p.rows <= 16) return launch_few<T, 2>(cuda, p);
   if (cuda->has_wgmma) return launch_hopper<T>(cuda, p);
   if (p.rows <= 32) return launch<forward<shape<T, 4, 8, 2, 2, 4, 3, 1>>>(cuda, p, p.k, p.n);
   return launch<forward<shape<T, 8, 12, 4, 1, 2, 4, 1>>>(cuda, p, p.k, p.n);

@@ -56,7 +56,8 @@ struct layout {
   static constexpr int x_stride = x_row + (pad + 128 - x_row % 128) % 128;
   static constexpr int words_bytes = S::vectors * S::threads * 16;
   static constexpr int stage_bytes = words_bytes + S::rows * x_stride;
-  static constexpr int sums_bytes = S::deep * S::rows * columns * 4;
+  static constexpr int sums_stride = S::rows * columns; /* from a warp's to the next */
+  static constexpr int sums_bytes = S::deep * sums_stride * 4;
   static constexpr int bytes =
       S::stages * stage_bytes > sums_bytes ? S::stages *stage_bytes : sums_bytes;
 };
@@ -87,14 +88,16 @@ __device__ __forceinline__ uint32_t as_bits(P x) {
   return *reinterpret_cast<uint32_t *>(&x);
 }
 
+/* (bits & mask) | magic: one instruction with both constants in registers */
+__device__ __forceinline__ uint32_t masked(uint32_t bits, uint32_t mask, uint32_t magic) {
+  uint32_t out;
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(out) : "r"(bits), "r"(mask), "r"(magic));
+  return out;
+}
 /* The codes in bits 0..3 and 16..19, each more by `bias`. */
 template <typename T>
 __device__ __forceinline__ uint32_t biased(uint32_t codes) {
-  uint32_t out; /* (codes & mask) | magic: one instruction with both constants in registers */
-  asm("lop3.b32 %0, %1, %2, %3, 0xEA;"
-      : "=r"(out)
-      : "r"(codes), "r"(0x000F000Fu), "r"(pair_of<T>::magic));
-  return out;
+  return masked(codes, 0x000F000Fu, pair_of<T>::magic);
 }
 
 /* Keep x in its register: the compiler would rather compute thread indices again and again. */
@@ -103,8 +106,8 @@ __device__ __forceinline__ int32_t kept(int32_t x) {
   return x;
 }
 
-/* Four scales, or zeros, of adjacent columns as loaded: 16-bit floats, or zero points from x's low
-** bits on. */
+/* Four scales, or zeros, of adjacent columns as loaded: 16-bit floats, or zero points in x's low
+** bits. */
 __device__ __forceinline__ void widen(float (&out)[4], uint2 raw, int32_t is_bf16) {
   const uint32_t halves[2] = {raw.x, raw.y};
 #pragma unroll
@@ -113,11 +116,11 @@ __device__ __forceinline__ void widen(float (&out)[4], uint2 raw, int32_t is_bf1
     out[i] = is_bf16 ? __uint_as_float(bits << 16) : __half2float(__ushort_as_half(bits));
   }
 }
-/* Of the grid's elements from `at` on. */
+/* Of the grid's elements from `at` on, a multiple of 4. */
 __device__ __forceinline__ void load_grid(const task &p, int64_t at, uint2 &scales, uint2 &zeros) {
   scales = __ldg((const uint2 *)((const uint16_t *)p.scales + at));
   if (p.asym)
-    zeros.x = __ldg((const uint32_t *)p.zeros + (at >> 3)) >> ((uint32_t)at % 8 * 4);
+    zeros.x = __ldg((const uint16_t *)p.zeros + (at >> 2));
   else
     zeros = __ldg((const uint2 *)((const uint16_t *)p.zeros + at));
 }
@@ -217,7 +220,8 @@ struct x_loader {
 
 /* ---- the end ---- */
 
-/* Add the sums of the block's warps, [deep][rows][columns] in shared memory, and of the splits. */
+/* Add the sums of the block's warps, [rows][columns] of each in shared memory, and of the splits.
+** */
 template <typename S, typename L>
 __device__ __forceinline__ void finish(const float *sums, const task &p, int64_t outputs) {
   using T = typename S::T;
@@ -229,7 +233,7 @@ __device__ __forceinline__ void finish(const float *sums, const task &p, int64_t
     if (column >= outputs) continue;
     float sum = sums[i];
 #pragma unroll
-    for (int j = 1; j < S::deep; j++) sum += sums[j * S::rows * L::columns + i];
+    for (int j = 1; j < S::deep; j++) sum += sums[j * L::sums_stride + i];
     if (split)
       __stcg(p.partial + (blockIdx.y * p.rows + row) * outputs + column, sum);
     else

@@ -1,11 +1,14 @@
-/* mpq_linear_few.cuh - x W for up to 8 rows, W of 4-bit codes.
+/* mpq_linear_few.cuh - x W for up to 16 rows, W of 4-bit codes: as fast as the codes arrive.
 **
-** Little is done with each code, so that all hangs on how many loads are on their way. No stages,
-** no loops: a lane asks for all it will need at once, LOADS pieces of 16 bytes of codes with their
-** grids and x, and the device is filled with as many blocks as that takes. Tensor cores sum code +
-** bias times x and x itself, as in mpq_linear_forward.cuh, whose order of elements this is: lane (g
-** = lane / 4, t = lane % 4) holds word row t of every four, columns 4 g .. 4 g + 3 of 32. Measured
-** on an H200: 22.6 us at 4096 x 14336, one row, a third of a copy's pace.
+** Little is done with each code, so that all hangs on how many bytes are on their way: a lane
+** streams the words that it decodes itself through a ring of its own in shared memory, DEPTH
+** vectors of 16 bytes ahead, and waits for nobody until the block's warps, which split the sum,
+** meet at the end. x, which other blocks read as well, comes through L1, AHEAD steps before it is
+** needed; of rows that it lacks there are zeros.
+**
+** Tensor cores sum code + bias times x and x itself; at the end of a group both become W's: scale
+** (sum - (bias + zero) sum of x), in f32. A step is 32 features: lane (g = lane / 4, t = lane % 4)
+** holds word row t of its four, of columns 4 g .. 4 g + 3 of each 32, and 8 features of x's row g.
 */
 #ifndef QM_MPQ_LINEAR_FEW_CUH
 #define QM_MPQ_LINEAR_FEW_CUH
@@ -14,116 +17,223 @@
 
 namespace mpq_linear {
 
-constexpr int FEW_ROWS = 8, FEW_LOADS = 4, FEW_WARPS = 8, FEW_COLUMNS = 32;
-constexpr int FEW_FEATURES = 32 * FEW_LOADS * FEW_WARPS; /* of a block */
-
-/* What `finish` asks of a product's shape and layout. */
-template <typename T_>
+/* A warp has CHUNKS pieces of 32 columns, for 8 TILES rows of x. */
+template <typename T_, int TILES, int CHUNKS, int WARPS, int DEPTH, int AHEAD, int BLOCKS>
 struct few_shape {
   using T = T_;
-  static constexpr int rows = FEW_ROWS, threads = FEW_WARPS * 32, deep = FEW_WARPS;
+  static constexpr int tiles = TILES, rows = 8 * TILES, chunks = CHUNKS, blocks = BLOCKS;
+  static constexpr int warps = WARPS, deep = WARPS, threads = 32 * WARPS;
+  static constexpr int depth = DEPTH, ahead = AHEAD;
+  static_assert(TILES <= 2 && DEPTH % AHEAD == 0);
 };
+
+/* In shared memory each warp has its ring, and in its place at the end its sums. */
+template <typename S>
 struct few_layout {
-  static constexpr int columns = FEW_COLUMNS;
+  static constexpr int columns = 32 * S::chunks, span = 32;
+  static constexpr int slot_bytes = S::chunks * 32 * 16, ring_bytes = S::depth * slot_bytes;
+  static constexpr int sums_stride = ring_bytes / 4;
+  static constexpr int bytes = S::warps * ring_bytes;
+  static_assert(S::rows * columns <= sums_stride);
 };
 
-template <typename T>
-static __global__ __launch_bounds__(FEW_WARPS * 32, 3) void multiply_few(task p) {
-  alignas(16) __shared__ float sums[FEW_WARPS][FEW_ROWS][FEW_COLUMNS];
-  const int32_t warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-  const int64_t column = (int64_t)blockIdx.x * FEW_COLUMNS + 4 * g;
-  const int64_t first = ((int64_t)blockIdx.y * FEW_WARPS + warp) * (32 * FEW_LOADS);
-  const bool here = column < p.n;
-  const int32_t loads = here && first < p.k ? (int32_t)min((p.k - first) / 32, (int64_t)FEW_LOADS)
-                                            : 0; /* k is a multiple of 32 */
-  uint4 codes[FEW_LOADS], x[FEW_LOADS];
-  uint2 scales[FEW_LOADS], zeros[FEW_LOADS];
-#pragma unroll
-  for (int i = 0; i < FEW_LOADS; i++) {
-    codes[i] = make_uint4(0, 0, 0, 0);
-    if (i < loads)
-      codes[i] = __ldcs((const uint4 *)(p.words + (first / 8 + 4 * i + t) * p.n + column));
-  }
-#pragma unroll
-  for (int i = 0; i < FEW_LOADS; i++) { /* a grid where a group begins */
-    scales[i] = zeros[i] = make_uint2(0, 0);
-    const int32_t feature = (int32_t)first + 32 * i;
-    if (i < loads && (i == 0 || feature % p.group_size == 0))
-      load_grid(p, feature / p.group_size * p.n + column, scales[i], zeros[i]);
-  }
-#pragma unroll
-  for (int i = 0; i < FEW_LOADS; i++) {
-    x[i] = make_uint4(0, 0, 0, 0);
-    if (first + 32 * i < p.k && g < p.rows)
-      x[i] = __ldg((const uint4 *)((const uint16_t *)p.x + g * p.k + first + 32 * i + 8 * t));
-  }
+template <typename S_>
+struct few {
+  using S = S_;
+  using T = typename S::T;
+  using L = few_layout<S>;
+  static constexpr int chunks = S::chunks, tiles = S::tiles, ahead = S::ahead;
 
-  const uint32_t one = as_bits(typename pair_of<T>::type{qm_as<T>(1.0f), qm_as<T>(1.0f)});
-  const uint32_t ones[4] = {one, one, one, one};
-  float out[2][4] = {}, part[2][4] = {}, x_sum[4] = {};
-  uint2 grid_scales, grid_zeros; /* of the group under way */
-  const auto end_group = [&]() {
-    float scale[4], zero[4];
-    widen_grid(p, grid_scales, grid_zeros, scale, zero);
+  const task &p;
+  char *memory;
+  const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  const uint32_t *words; /* of the step to ask for next */
+  const uint16_t *x_rows[tiles];
+  const uint16_t *scales_at, *zeros_at; /* the next group's, in the lane's first column */
+  int32_t beside;                       /* from the lane's columns to those of its next piece */
+  int32_t left;                         /* steps to take, when `ahead` of them began */
+  int32_t steps, group_steps;           /* behind the group's, and those of it */
+  int32_t slots;                        /* the lane's, by address of shared memory */
+  uint4 x[ahead][tiles];
+  uint2 scales[chunks], zeros[chunks];
+  float sums[chunks][2][tiles][4] = {}, part[chunks][2][tiles][4], x_sums[4]; /* of a group */
+
+  /* Lanes that stand beyond W's columns read its last, and what they make of them goes nowhere. */
+  __device__ __forceinline__ few(const task &task_, char *memory_) : p(task_), memory(memory_) {
+    const int64_t column = min((int64_t)blockIdx.x * L::columns + 4 * g, p.n - 4);
+    const int32_t first = (int32_t)(blockIdx.y * S::warps + warp) * p.spans;
+    left = steps = max(min((int32_t)((uint64_t)p.k / 32) - first, p.spans), 0);
+    beside = (int32_t)min(p.n - 4 - column, (int64_t)32);
+    words = p.words + ((int64_t)first * 4 + t) * p.n + column;
+    slots =
+        (int32_t)__cvta_generic_to_shared(memory) + warp * L::ring_bytes + threadIdx.x % 32 * 16;
 #pragma unroll
-    for (int j = 0; j < 2; j++)
+    for (int i = 0; i < S::depth; i++) load_words(i, slots + i * L::slot_bytes);
+    const uint32_t per_group = (uint32_t)p.group_size / 32, group = (uint32_t)first / per_group;
+    group_steps = (int32_t)(per_group - ((uint32_t)first - group * per_group));
+    scales_at = (const uint16_t *)p.scales + group * p.n + column;
+    zeros_at = (const uint16_t *)p.zeros + ((group * p.n + column) >> (p.asym ? 2 : 0));
 #pragma unroll
-      for (int i = 0; i < 4; i++) { /* columns 2 j and 2 j + 1, rows 2 t and 2 t + 1 */
-        const int c = 2 * j + i / 2;
-        const float offset = pair_of<T>::bias + (p.asym ? zero[c] : 0.0f), sum = x_sum[i % 2];
-        out[j][i] = fmaf(scale[c], fmaf(-offset, sum, part[j][i]), out[j][i]);
-        if (!p.asym) out[j][i] = fmaf(-zero[c], sum, out[j][i]);
-        part[j][i] = 0.0f;
-      }
-#pragma unroll
-    for (int i = 0; i < 4; i++) x_sum[i] = 0.0f;
-  };
-#pragma unroll
-  for (int i = 0; i < FEW_LOADS; i++) {
-    if (i == 0 || ((int32_t)first + 32 * i) % p.group_size == 0) {
-      if (i > 0) end_group();
-      grid_scales = scales[i];
-      grid_zeros = zeros[i];
-    }
-    const uint32_t b[4] = {__byte_perm(x[i].x, x[i].z, 0x5410), __byte_perm(x[i].x, x[i].z, 0x7632),
-                           __byte_perm(x[i].y, x[i].w, 0x5410),
-                           __byte_perm(x[i].y, x[i].w, 0x7632)};
-    const uint32_t w[4] = {codes[i].x, codes[i].y, codes[i].z, codes[i].w};
-#pragma unroll
-    for (int s = 0; s < 2; s++) {
-      qm_mma<T>(x_sum, ones, b[2 * s], b[2 * s + 1]);
-#pragma unroll
-      for (int j = 0; j < 2; j++) {
-        uint32_t a[4];
-#pragma unroll
-        for (int r = 0; r < 4; r++) a[r] = biased<T>(w[2 * j + r % 2] >> (8 * s + r / 2 * 4));
-        qm_mma<T>(part[j], a, b[2 * s], b[2 * s + 1]);
-      }
+    for (int b = 0; b < tiles; b++) {
+      x_rows[b] = (const uint16_t *)p.x + (g + 8 * b) * p.k + (int64_t)first * 32 + 8 * t;
+      for (int u = 0; u < ahead; u++) x[u][b] = make_uint4(0, 0, 0, 0);
     }
   }
-  end_group();
 
+  /* Of the step that is the `i`th from now. */
+  __device__ __forceinline__ void load_words(int i, int32_t to) {
 #pragma unroll
-  for (int i = 0; i < 2; i++) /* row 2 t + i */
-    *(float4 *)&sums[warp][2 * t + i][4 * g] =
-        make_float4(out[0][i], out[0][i + 2], out[1][i], out[1][i + 2]);
-  __syncthreads();
-  finish<few_shape<T>, few_layout>(&sums[0][0][0], p, p.n);
-}
-
-template <typename T>
-static int32_t launch_few(qm_cuda *cuda, task p) {
-  const int64_t tiles = qm_ceil_div(p.n, FEW_COLUMNS), splits = qm_ceil_div(p.k, FEW_FEATURES);
-  if (tiles > TICKETS && splits > 1) return QM_E_UNSUPPORTED;
-  if (splits > 1) {
-    const int32_t status =
-        qm_cuda_scratch(cuda, splits * p.rows * p.n * (int64_t)sizeof(float), (void **)&p.partial);
-    if (status != QM_OK) return status;
+    for (int c = 0; c < chunks; c++)
+      if (left > i) copy_async(to + c * 512, words + c * beside, true);
+    qm_copy_commit();
+    words += 4 * p.n;
   }
-  const dim3 grid((unsigned)tiles, (unsigned)splits);
-  multiply_few<T><<<grid, FEW_WARPS * 32, 0, cuda->compute>>>(p);
-  return qm_cuda_launched(cuda, "mpq_linear");
-}
+  __device__ __forceinline__ void load_x(int i) {
+#pragma unroll
+    for (int b = 0; b < tiles; b++)
+      if (g + 8 * b < p.rows && left > i) x[i % ahead][b] = *(const uint4 *)(x_rows[b] + 32 * i);
+  }
+
+  __device__ __forceinline__ void begin_group() {
+    group_steps = min(group_steps, steps);
+    steps -= group_steps;
+#pragma unroll
+    for (int c = 0; c < chunks; c++) {
+      scales[c] = __ldg((const uint2 *)(scales_at + c * beside));
+      if (p.asym)
+        zeros[c].x = __ldg(zeros_at + c * (beside >> 2));
+      else
+        zeros[c] = __ldg((const uint2 *)(zeros_at + c * beside));
+#pragma unroll
+      for (int i = 0; i < 8 * tiles; i++) part[c][i / 4 / tiles][i / 4 % tiles][i % 4] = 0.0f;
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++) x_sums[i] = 0.0f;
+    scales_at += p.n;
+    zeros_at += p.n >> (p.asym ? 2 : 0);
+  }
+  __device__ __forceinline__ void end_group() {
+    float x_sum[tiles][2]; /* of rows 2 t and 2 t + 1 */
+#pragma unroll
+    for (int b = 0; b < tiles; b++) {
+      const float sum = tiles == 1 ? x_sums[0] + x_sums[2] : x_sums[b] + x_sums[b + 2];
+#pragma unroll
+      for (int i = 0; i < 2; i++) x_sum[b][i] = __shfl_sync(0xFFFFFFFFu, sum, 8 * t + 4 * i);
+    }
+#pragma unroll
+    for (int c = 0; c < chunks; c++) {
+      float scale[4], less[4] /* than code + bias */, zero[4];
+      widen(scale, scales[c], p.bf16_scales);
+      if (p.asym) {
+        const float bias = 0x1p23f - pair_of<T>::bias - (float)p.zero_offset;
+#pragma unroll
+        for (int i = 0; i < 4; i++) /* 2^23 and the zero point in one float */
+          less[i] = bias - __uint_as_float(masked(zeros[c].x >> (4 * i), 15u, 0x4B000000u));
+      } else {
+        widen(zero, zeros[c], p.bf16_scales);
+        for (int i = 0; i < 4; i++) less[i] = -pair_of<T>::bias;
+#pragma unroll
+        for (int i = 0; i < 8 * tiles; i++) {
+          float &sum = sums[c][i / 4 / tiles][i / 4 % tiles][i % 4];
+          sum = fmaf(-zero[i / 4 / tiles * 2 + i % 4 / 2], x_sum[i / 4 % tiles][i % 2], sum);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < 8 * tiles; i++) {
+        const int j = i / 4 / tiles, b = i / 4 % tiles, column = 2 * j + i % 4 / 2;
+        const float code_sum = fmaf(less[column], x_sum[b][i % 2], part[c][j][b][i % 4]);
+        sums[c][j][b][i % 4] = fmaf(scale[column], code_sum, sums[c][j][b][i % 4]);
+      }
+    }
+  }
+
+  /* A step, of codes in the slot, and of the x loaded `ahead` steps before. */
+  __device__ __forceinline__ void multiply(int u, int32_t from) {
+    uint32_t b[2][2 * tiles]; /* by halves of the step: of each tile, the operand's two words */
+#pragma unroll
+    for (int i = 0; i < tiles; i++) {
+      const uint4 r = x[u][i];
+      b[0][2 * i] = __byte_perm(r.x, r.z, 0x5410);
+      b[0][2 * i + 1] = __byte_perm(r.x, r.z, 0x7632);
+      b[1][2 * i] = __byte_perm(r.y, r.w, 0x5410);
+      b[1][2 * i + 1] = __byte_perm(r.y, r.w, 0x7632);
+    }
+    load_x(u + ahead);
+    sum_x(b);
+#pragma unroll
+    for (int c = 0; c < chunks; c++) {
+      const uint4 four = read_16(from + c * 512);
+      const uint32_t w[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+      for (int j = 0; j < 2; j++) /* columns 2 j and 2 j + 1 of the lane's four */
+#pragma unroll
+        for (int s = 0; s < 2; s++) {
+          uint32_t a[4];
+#pragma unroll
+          for (int i = 0; i < 4; i++) a[i] = biased<T>(w[2 * j + i % 2] >> (8 * s + i / 2 * 4));
+#pragma unroll
+          for (int i = 0; i < tiles; i++) qm_mma<T>(part[c][j][i], a, b[s][2 * i], b[s][2 * i + 1]);
+        }
+    }
+  }
+
+  /* x_sums += x times ones. As operand A the words of x stand for 16 rows: of one tile, its halves
+  ** of the step. Of two tiles, the words of one are the even columns' lower features and of the
+  ** other the odd columns' upper ones, which choose by where their ones are. */
+  __device__ __forceinline__ void sum_x(const uint32_t (&b)[2][2 * tiles]) {
+    const uint32_t one = as_bits(typename pair_of<T>::type{qm_as<T>(1.0f), qm_as<T>(1.0f)});
+    if constexpr (tiles == 1) {
+      const uint32_t a[4] = {b[0][0], b[0][1], b[1][0], b[1][1]};
+      qm_mma<T>(x_sums, a, one, one);
+    } else {
+      qm_mma<T>(x_sums, b[0], g % 2 == 0 ? one : 0u, g % 2 == 1 ? one : 0u);
+      qm_mma<T>(x_sums, b[1], g % 2 == 0 ? one : 0u, g % 2 == 1 ? one : 0u);
+    }
+  }
+
+  __device__ __forceinline__ void stream() {
+    for (int32_t at = slots;;) {
+#pragma unroll
+      for (int u = 0; u < ahead; u++) {
+        const int32_t here = at + u * L::slot_bytes;
+        qm_copy_wait<S::depth - 1>();
+        multiply(u, here);
+        load_words(u + S::depth, here);
+        if (--group_steps > 0) continue;
+        end_group();
+        if (steps == 0) return;
+        group_steps = (int32_t)((uint32_t)p.group_size / 32);
+        begin_group();
+      }
+      at += ahead * L::slot_bytes;
+      if (at == slots + L::ring_bytes) at = slots;
+      left -= ahead;
+#pragma unroll
+      for (int b = 0; b < tiles; b++) x_rows[b] += 32 * ahead;
+    }
+  }
+
+  __device__ __forceinline__ void run() {
+    if (steps > 0) {
+      begin_group();
+#pragma unroll
+      for (int u = 0; u < ahead; u++) load_x(u);
+      stream();
+    }
+    __syncwarp(); /* all its lanes have read the ring */
+    float *out = (float *)(memory + warp * L::ring_bytes) + 4 * g;
+#pragma unroll
+    for (int c = 0; c < chunks; c++)
+#pragma unroll
+      for (int b = 0; b < tiles; b++)
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+          *(float4 *)(out + (8 * b + 2 * t + i) * L::columns + 32 * c) = make_float4(
+              sums[c][0][b][i], sums[c][0][b][i + 2], sums[c][1][b][i], sums[c][1][b][i + 2]);
+    __syncthreads();
+    finish<S, L>((const float *)memory, p, p.n);
+  }
+};
 
 } /* namespace mpq_linear */
 

@@ -1,12 +1,9 @@
-/* mpq_linear_forward.cuh - x W for few rows, W of 4-bit codes: tensor cores take W^T x^T.
+/* mpq_linear_forward.cuh - x W for 17 to 64 rows, W of 4-bit codes: tensor cores take W^T x^T.
 **
 ** A lane (g = lane / 4, t = lane % 4) holds word row t of every four, that is 8 features, of
-** columns 4 g .. 4 g + 3 of each 32: register i of a word pairs features i and i + 4.
-**
-** Up to 16 rows, the tensor cores sum code + bias times x, and x itself (times ones); at the end of
-** a group both sums become W's: scale (sum - (bias + zero) sum of x), in f32. For more rows that
-** would take more registers than there are, and decoding costs less than multiplying: there the
-** registers hold W, rounded to x's type.
+** columns 4 g .. 4 g + 3 of each 32: register i of a word pairs features i and i + 4. The registers
+** hold W, rounded to x's type: for so many rows decoding costs less than multiplying, and sums of
+** codes, scaled at a group's end as mpq_linear_few.cuh does it, would take too many registers.
 */
 #ifndef QM_MPQ_LINEAR_FORWARD_CUH
 #define QM_MPQ_LINEAR_FORWARD_CUH
@@ -20,7 +17,6 @@ struct forward {
   using S = S_;
   using T = typename S::T;
   using L = layout<S, 32, 32>;
-  static constexpr bool scales_sums = S::tiles <= 2;
   static constexpr int chunks = S::chunks, tiles = S::tiles;
 
   const task &p;
@@ -33,9 +29,8 @@ struct forward {
   const uint32_t *words;
   int32_t units, loaded = 0; /* steps of 32 features: all, and those asked for */
   uint2 raw_scales[chunks], raw_zeros[chunks];
-  grid_pair grids[scales_sums ? 1 : chunks][4];
+  grid_pair grids[chunks][4];
   float sums[chunks][2][tiles][4] = {};
-  float part[scales_sums ? chunks : 1][2][tiles][4], x_sums[tiles][4]; /* of a group */
 
   __device__ __forceinline__ forward(const task &task_, char *memory_) : p(task_), memory(memory_) {
     const int64_t column = ((int64_t)blockIdx.x * S::wide + wide) * L::tile + 4 * g;
@@ -73,72 +68,21 @@ struct forward {
     grid_at += p.n;
   }
 
-  /* scales_sums: the scales are wanted at the group's end, else at its beginning. */
   __device__ __forceinline__ void begin_group() {
-    if constexpr (scales_sums) {
-      load_grids();
 #pragma unroll
-      for (int b = 0; b < tiles; b++)
+    for (int c = 0; c < chunks; c++) {
+      float scale[4], zero[4];
+      widen_grid(p, raw_scales[c], raw_zeros[c], scale, zero);
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-          x_sums[b][i] = 0.0f;
-#pragma unroll
-          for (int c = 0; c < 2 * chunks; c++) part[c / 2][c % 2][b][i] = 0.0f;
-        }
-    } else {
-#pragma unroll
-      for (int c = 0; c < chunks; c++) {
-        float scale[4], zero[4];
-        widen_grid(p, raw_scales[c], raw_zeros[c], scale, zero);
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-          grids[c][i] = make_grid<T>(scale[i], zero[i], scale[i], zero[i], p.asym);
-      }
-      load_grids();
+      for (int i = 0; i < 4; i++)
+        grids[c][i] = make_grid<T>(scale[i], zero[i], scale[i], zero[i], p.asym);
     }
-  }
-  __device__ __forceinline__ void end_group() {
-    if constexpr (scales_sums) {
-#pragma unroll
-      for (int c = 0; c < chunks; c++) {
-        float scale[4], zero[4];
-        widen_grid(p, raw_scales[c], raw_zeros[c], scale, zero);
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-          const float offset = pair_of<T>::bias + (p.asym ? zero[i] : 0.0f);
-#pragma unroll
-          for (int j = 0; j < 2 * tiles; j++) {
-            float &sum = sums[c][i / 2][j / 2][i % 2 * 2 + j % 2];
-            const float x = x_sums[j / 2][j % 2];
-            sum = fmaf(scale[i], fmaf(-offset, x, part[c][i / 2][j / 2][i % 2 * 2 + j % 2]), sum);
-            if (!p.asym) sum = fmaf(-zero[i], x, sum);
-          }
-        }
-      }
-    }
+    load_grids();
   }
 
   /* 32 features. */
   __device__ __forceinline__ void multiply(int32_t stage, int u) {
     const int32_t x_lane = stage + x_at + u * 64;
-    uint32_t x[scales_sums ? tiles : 1][4];
-    const auto load_x = [&](int b, uint32_t(&to)[4]) {
-      const uint4 r = read_16(x_lane + 8 * b * L::x_stride);
-      to[0] = __byte_perm(r.x, r.z, 0x5410);
-      to[1] = __byte_perm(r.x, r.z, 0x7632);
-      to[2] = __byte_perm(r.y, r.w, 0x5410);
-      to[3] = __byte_perm(r.y, r.w, 0x7632);
-    };
-    if constexpr (scales_sums) {
-      const uint32_t one = as_bits(typename pair_of<T>::type{qm_as<T>(1.0f), qm_as<T>(1.0f)});
-      const uint32_t ones[4] = {one, one, one, one};
-#pragma unroll
-      for (int b = 0; b < tiles; b++) {
-        load_x(b, x[b]);
-        qm_mma<T>(x_sums[b], ones, x[b][0], x[b][1]);
-        qm_mma<T>(x_sums[b], ones, x[b][2], x[b][3]);
-      }
-    }
 #pragma unroll
     for (int c = 0; c < chunks; c++) {
       const uint4 four = read_16(stage + words_at + (u * chunks + c) * S::threads * 16);
@@ -151,26 +95,24 @@ struct forward {
 #pragma unroll
           for (int i = 0; i < 4; i++) {
             const uint32_t codes = w[2 * j + i % 2] >> (8 * s + i / 2 * 4);
-            a[j][s][i] = scales_sums ? biased<T>(codes)
-                                     : weights<T>(codes, grids[scales_sums ? 0 : c][2 * j + i % 2]);
+            a[j][s][i] = weights<T>(codes, grids[c][2 * j + i % 2]);
           }
 #pragma unroll
       for (int b = 0; b < tiles; b++) {
-        if constexpr (!scales_sums) load_x(b, x[0]);
-        const uint32_t(&xb)[4] = x[scales_sums ? b : 0];
+        const uint4 r = read_16(x_lane + 8 * b * L::x_stride);
+        const uint32_t x[4] = {__byte_perm(r.x, r.z, 0x5410), __byte_perm(r.x, r.z, 0x7632),
+                               __byte_perm(r.y, r.w, 0x5410), __byte_perm(r.y, r.w, 0x7632)};
 #pragma unroll
         for (int j = 0; j < 2; j++)
 #pragma unroll
-          for (int s = 0; s < 2; s++)
-            qm_mma<T>(scales_sums ? part[scales_sums ? c : 0][j][b] : sums[c][j][b], a[j][s],
-                      xb[2 * s], xb[2 * s + 1]);
+          for (int s = 0; s < 2; s++) qm_mma<T>(sums[c][j][b], a[j][s], x[2 * s], x[2 * s + 1]);
       }
     }
   }
 
   __device__ __forceinline__ void run() {
     x_loader<S, L> x(p, p.k, memory);
-    if (!scales_sums) load_grids();
+    load_grids();
     const int32_t base = kept((int32_t)__cvta_generic_to_shared(memory));
     int32_t ask = 0; /* the stage to fill next */
     const auto load = [&] {
@@ -194,7 +136,6 @@ struct forward {
       for (int u = 0; u < S::units; u++) {
         if (at * S::units + u >= units) break;
         if (group_left == 0) {
-          end_group();
           begin_group();
           group_left = per_group;
         }
@@ -202,7 +143,6 @@ struct forward {
         multiply(stage, u);
       }
     }
-    end_group();
     qm_copy_wait<0>();
     __syncthreads();
     float *out = (float *)memory + deep * S::rows * L::columns + wide * L::tile + 4 * g;
