@@ -64,6 +64,46 @@ static inline unsigned qm_blocks(const qm_cuda *cuda, int64_t items, int32_t per
   return (unsigned)(wanted < 1 ? 1 : wanted < most ? wanted : most);
 }
 
+/* ---- launches that begin early ----
+**
+** A kernel that qm_launch_early starts may begin (on a Hopper GPU) as soon as every block of the
+** kernel before it in the stream has called qm_let_next_begin, and always once that has ended. What
+** it does before qm_await_previous overlaps with that kernel; behind it, all that earlier kernels
+** wrote is there. Kernels launched otherwise begin when all before them have ended.
+**
+** What must hold: only kernels that write no weights (codes, scales, zero points) call
+** qm_let_next_begin; then whatever writes weights has ended before any later kernel begins, and
+** weights may be read before qm_await_previous. All else that is read, and every write, comes
+** behind it; so does the end of each block, which keeps the order over three kernels and more.
+*/
+
+template <typename... Parameters>
+static inline void qm_launch_early(const qm_cuda *cuda, void (*kernel)(Parameters...), dim3 grid,
+                                   int32_t threads, int32_t shared_bytes,
+                                   const Parameters &...parameters) {
+  cudaLaunchAttribute early = {};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3((unsigned)threads);
+  config.dynamicSmemBytes = (size_t)shared_bytes;
+  config.stream = cuda->compute;
+  config.attrs = &early;
+  config.numAttrs = cuda->capability >= 90 ? 1 : 0;
+  cudaLaunchKernelEx(&config, kernel, parameters...); /* qm_cuda_launched finds its error */
+}
+__device__ __forceinline__ void qm_let_next_begin() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void qm_await_previous() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 /* ---- reductions of fixed order ---- */
 
 __device__ __forceinline__ float qm_warp_sum(float x) {

@@ -17,7 +17,10 @@ using namespace mpq_linear;
 template <typename Product>
 static __global__ __launch_bounds__(Product::S::threads, Product::S::blocks) void multiply(task p) {
   extern __shared__ __align__(128) char memory[];
-  Product(p, memory).run();
+  Product product(p, memory); /* reads weights alone */
+  qm_let_next_begin();
+  qm_await_previous();
+  product.run();
 }
 
 constexpr int64_t ROWS_MAX = 64;
@@ -54,7 +57,7 @@ static int32_t launch(qm_cuda *cuda, task p, int64_t length, int64_t outputs) {
     if (status != QM_OK) return status;
   }
   const dim3 grid((unsigned)tiles, (unsigned)splits);
-  multiply<Product><<<grid, S::threads, L::bytes, cuda->compute>>>(p);
+  qm_launch_early(cuda, multiply<Product>, grid, S::threads, L::bytes, p);
   return qm_cuda_launched(cuda, "mpq_linear");
 }
 
@@ -110,6 +113,7 @@ static int32_t multiply_fused(qm_cuda *cuda, const qm_mpq_linear_args *args) {
   p.group_size = q->group_size;
   p.asym = q->asym;
   p.zero_offset = q->zero_offset;
+  p.zero_top = 0x1p23f - (float)q->zero_offset;
   p.bf16_scales = q->scales.dtype == QM_BF16;
   int32_t status = QM_OK;
   for (int64_t row = 0; row < args->rows && status == QM_OK; row += ROWS_MAX) {

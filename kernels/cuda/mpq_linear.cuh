@@ -28,7 +28,8 @@ struct task {
   float *partial; /* [splits, rows, outputs] where splits > 1 */
   int64_t rows, k, n;
   int32_t group_size, asym, zero_offset, bf16_scales;
-  int32_t spans; /* stages of a warp: each takes so many steps of `span` elements along the sum */
+  float zero_top; /* 2^23 - zero_offset */
+  int32_t spans;  /* stages of a warp: each takes so many steps of `span` elements along the sum */
 };
 
 /* How many blocks of a tile have left their sums; 0 between launches. */

@@ -78,6 +78,7 @@ struct few {
       x_rows[b] = (const uint16_t *)p.x + (g + 8 * b) * p.k + (int64_t)first * 32 + 8 * t;
       for (int u = 0; u < ahead; u++) x[u][b] = make_uint4(0, 0, 0, 0);
     }
+    if (left > 0) begin_group();
   }
 
   /* Of the step that is the `i`th from now. */
@@ -125,10 +126,10 @@ struct few {
       float scale[4], less[4] /* than code + bias */, zero[4];
       widen(scale, scales[c], p.bf16_scales);
       if (p.asym) {
-        const float bias = 0x1p23f - pair_of<T>::bias - (float)p.zero_offset;
+        constexpr uint32_t magic = 0x4B000000u + (uint32_t)pair_of<T>::bias; /* 2^23 + bias */
 #pragma unroll
-        for (int i = 0; i < 4; i++) /* 2^23 and the zero point in one float */
-          less[i] = bias - __uint_as_float(masked(zeros[c].x >> (4 * i), 15u, 0x4B000000u));
+        for (int i = 0; i < 4; i++)
+          less[i] = p.zero_top - __uint_as_float(masked(zeros[c].x >> (4 * i), 15u, magic));
       } else {
         widen(zero, zeros[c], p.bf16_scales);
         for (int i = 0; i < 4; i++) less[i] = -pair_of<T>::bias;
@@ -214,8 +215,7 @@ struct few {
   }
 
   __device__ __forceinline__ void run() {
-    if (steps > 0) {
-      begin_group();
+    if (left > 0) {
 #pragma unroll
       for (int u = 0; u < ahead; u++) load_x(u);
       stream();

@@ -136,6 +136,8 @@ void cp_async_bulk_shared__cluster_global_mbarrier__complete_tx__bytes(uint32_t 
                                                                        uint32_t barrier);
 inline void fence_mbarrier_init_release_cluster() {}
 inline void fence_proxy_async() {}
+inline void griddepcontrol_launch_dependents() {} /* launches come one after another */
+inline void griddepcontrol_wait() {}
 inline void setmaxnreg_inc_sync_aligned_u32(int) {}
 inline void setmaxnreg_dec_sync_aligned_u32(int) {}
 

@@ -46,4 +46,29 @@ static inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) {
 #include "../intrinsics.h"
 #include "../ptx.h"
 
+/* ---- launches by a call ---- */
+
+enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization = 6 };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    int programmaticStreamSerializationAllowed;
+  } val;
+};
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+  cudaLaunchAttribute *attrs;
+  unsigned numAttrs;
+};
+template <typename... Parameters, typename... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t *config, void (*kernel)(Parameters...),
+                               const Arguments &...arguments) {
+  const emulate::shape at(config->gridDim, config->blockDim, config->dynamicSmemBytes,
+                          config->stream);
+  emulate::launch(at, kernel, Parameters(arguments)...);
+  return cudaSuccess;
+}
+
 #endif
