@@ -1,6 +1,7 @@
 -- The quantized linear layer against the dense one: few rows, many rows, one layer's whole step.
 --
---   bin/quartermoon scripts/bench/qlinear.lua [K N [group_size]]     default 4096 14336 128
+--   bin/quartermoon scripts/bench/qlinear.lua [K N [group_size]]     default 4096 14336 128, and for few
+--                                                                    rows the other shapes of such a model
 --
 -- bf16 activations, 4-bit weights. Every figure is the median of replays of a graph of CALLS calls,
 -- which rotate among so many weights that none is in a cache when its turn comes. Beside each stands
@@ -14,7 +15,9 @@ local binding = require("quartermoon.ffi")
 local qm = require("quartermoon")
 local lib = binding.lib
 
-local k, n, group_size = tonumber(arg[1]) or 4096, tonumber(arg[2]) or 14336, tonumber(arg[3]) or 128
+local SHAPES = { { 4096, 14336 }, { 14336, 4096 }, { 4096, 4096 }, { 4096, 1024 } }
+if arg[1] then SHAPES = { { tonumber(arg[1]), tonumber(arg[2]) } } end
+local group_size = tonumber(arg[3]) or 128
 local device = qm.default_device()
 local is_gpu = device:info().threads == 0
 local COLD_BYTES = is_gpu and 150e6 or 0 -- beyond any cache's 60 MB
@@ -76,9 +79,9 @@ local function gemm_rate()
   return rate
 end
 
-print(("%s; K %d, N %d, group %d"):format(device:info().description, k, n, group_size))
+print(("%s; group %d"):format(device:info().description, group_size))
 local bandwidth, rate = copy_bandwidth(), gemm_rate()
-print(("ceilings: copy %.2f TB/s, bf16 matrix product %.0f TFLOP/s\n"):format(bandwidth * 1e-12, rate * 1e-12))
+print(("ceilings: copy %.2f TB/s, bf16 matrix product %.0f TFLOP/s"):format(bandwidth * 1e-12, rate * 1e-12))
 
 local function line(what, rows, time, dense_time, floor)
   print(("%-10s %5d rows  %9.2f us  (%3.0f %% of the ceiling)   dense %9.2f us, %.3f of it"):format(what, rows,
@@ -86,7 +89,7 @@ local function line(what, rows, time, dense_time, floor)
 end
 
 ---Both products of a layer, quantized and dense.
-local function products(rows, calls)
+local function products(k, n, rows, calls)
   local x, dy = half(rows, k), half(rows, n)
   local next_q, free_q = rotation(k * n / 2, function() return quantized(k, n) end)
   local next_w, free_w = rotation(k * n * 2, function() return half(k, n) end)
@@ -112,8 +115,13 @@ local function products(rows, calls)
   dy:free()
 end
 
-for _, rows in ipairs({ 1, 4, 16, 32, 64 }) do products(rows, 40) end
-for _, rows in ipairs(is_gpu and { 128, 512, 2048, 4096 } or { 128 }) do products(rows, 5) end
+for i, shape in ipairs(SHAPES) do
+  local k, n = unpack(shape)
+  print(("\n%d x %d"):format(k, n))
+  for _, rows in ipairs({ 1, 4, 8, 16, 32, 64 }) do products(k, n, rows, 40) end
+  local many = i > 1 and {} or is_gpu and { 128, 512, 2048, 4096 } or { 128 }
+  for _, rows in ipairs(many) do products(k, n, rows, 5) end
+end
 
 ---Forward, to x, to the weight, and the update, at 4096 x 4096 (smaller on a CPU).
 local function whole_step(dtype, moments)
