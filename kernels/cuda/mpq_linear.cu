@@ -67,10 +67,14 @@ template <typename T, int TILES>
 static int32_t launch_few(qm_cuda *cuda, const task &p) {
   constexpr int WARPS = TILES == 1 ? 32 : 16, DEPTH = TILES == 1 ? 8 : 16;
   const int64_t blocks = qm_ceil_div(p.n, 32) / cuda->multiprocessors;
-  if (blocks < 1) return launch<few<few_shape<T, TILES, 1, WARPS, DEPTH, 2, 1>>>(cuda, p, p.k, p.n);
-  if (blocks < 2)
-    return launch<few<few_shape<T, TILES, 1, WARPS / 2, DEPTH, 2, 2>>>(cuda, p, p.k, p.n);
-  return launch<few<few_shape<T, TILES, 1, WARPS / 4, DEPTH, 2, 4>>>(cuda, p, p.k, p.n);
+  int32_t status = QM_E_UNSUPPORTED; /* as it stays where the larger ones lack shared memory */
+  if (blocks < 1)
+    status = launch<few<few_shape<T, TILES, 1, WARPS, DEPTH, 2, 1>>>(cuda, p, p.k, p.n);
+  if (blocks < 2 && status == QM_E_UNSUPPORTED)
+    status = launch<few<few_shape<T, TILES, 1, WARPS / 2, DEPTH, 2, 2>>>(cuda, p, p.k, p.n);
+  if (status == QM_E_UNSUPPORTED)
+    status = launch<few<few_shape<T, TILES, 1, WARPS / 4, DEPTH, 2, 4>>>(cuda, p, p.k, p.n);
+  return status;
 }
 
 /* Shapes: warps, of them side by side, pieces of output, vectors of codes, stages, blocks. */
@@ -131,9 +135,9 @@ static bool is_fused(const qm_mpq_linear_args *args) {
   const bool whole_groups = q->group_size % (args->transposed ? 8 : 32) == 0;
   return args->x.dtype != QM_F32 && q->scales.dtype != QM_F32 && q->w_bit == 4 && q->n % 8 == 0 &&
          whole_groups && q->g_idx.data == NULL && q->q_perm.data == NULL &&
-         q->group_map.data == NULL && q->k > 0 && q->n > 0 && qm_aligned(args->x.data, 16) &&
-         qm_aligned(q->data.data, 16) && qm_aligned(q->scales.data, 8) &&
-         qm_aligned(q->zeros.data, q->asym ? 4 : 8);
+         q->group_map.data == NULL && q->k > 0 && q->n > 0 && q->k < INT32_MAX / 2 &&
+         q->n < INT32_MAX / 2 && qm_aligned(args->x.data, 16) && qm_aligned(q->data.data, 16) &&
+         qm_aligned(q->scales.data, 8) && qm_aligned(q->zeros.data, q->asym ? 4 : 8);
 }
 
 static int32_t multiply_dequantized(qm_cuda *cuda, const qm_mpq_linear_args *args) {

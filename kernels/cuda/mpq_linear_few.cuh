@@ -46,6 +46,7 @@ struct few {
 
   const task &p;
   char *memory;
+  const int32_t k = (int32_t)p.k, n = (int32_t)p.n;
   const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
   const uint32_t *words; /* of the step to ask for next */
   const uint16_t *x_rows[tiles];
@@ -60,22 +61,22 @@ struct few {
 
   /* Lanes that stand beyond W's columns read its last, and what they make of them goes nowhere. */
   __device__ __forceinline__ few(const task &task_, char *memory_) : p(task_), memory(memory_) {
-    const int64_t column = min((int64_t)blockIdx.x * L::columns + 4 * g, p.n - 4);
+    const int32_t column = min((int32_t)blockIdx.x * L::columns + 4 * g, n - 4);
     const int32_t first = (int32_t)(blockIdx.y * S::warps + warp) * p.spans;
-    left = steps = max(min((int32_t)((uint64_t)p.k / 32) - first, p.spans), 0);
-    beside = (int32_t)min(p.n - 4 - column, (int64_t)32);
-    words = p.words + ((int64_t)first * 4 + t) * p.n + column;
+    left = steps = max(min(k / 32 - first, p.spans), 0);
+    beside = min(n - 4 - column, 32);
+    words = p.words + column + (int64_t)(first * 4 + t) * n;
     slots =
         (int32_t)__cvta_generic_to_shared(memory) + warp * L::ring_bytes + threadIdx.x % 32 * 16;
 #pragma unroll
     for (int i = 0; i < S::depth; i++) load_words(i, slots + i * L::slot_bytes);
     const uint32_t per_group = (uint32_t)p.group_size / 32, group = (uint32_t)first / per_group;
     group_steps = (int32_t)(per_group - ((uint32_t)first - group * per_group));
-    scales_at = (const uint16_t *)p.scales + group * p.n + column;
-    zeros_at = (const uint16_t *)p.zeros + ((group * p.n + column) >> (p.asym ? 2 : 0));
+    scales_at = (const uint16_t *)p.scales + column + (int64_t)group * n;
+    zeros_at = (const uint16_t *)p.zeros + (((int64_t)group * n + column) >> (p.asym ? 2 : 0));
 #pragma unroll
     for (int b = 0; b < tiles; b++) {
-      x_rows[b] = (const uint16_t *)p.x + (g + 8 * b) * p.k + (int64_t)first * 32 + 8 * t;
+      x_rows[b] = (const uint16_t *)p.x + first * 32 + 8 * t + (int64_t)(g + 8 * b) * k;
       for (int u = 0; u < ahead; u++) x[u][b] = make_uint4(0, 0, 0, 0);
     }
     if (left > 0) begin_group();
@@ -87,7 +88,7 @@ struct few {
     for (int c = 0; c < chunks; c++)
       if (left > i) copy_async(to + c * 512, words + c * beside, true);
     qm_copy_commit();
-    words += 4 * p.n;
+    words += (int64_t)n * 4;
   }
   __device__ __forceinline__ void load_x(int i) {
 #pragma unroll
@@ -110,8 +111,8 @@ struct few {
     }
 #pragma unroll
     for (int i = 0; i < 4; i++) x_sums[i] = 0.0f;
-    scales_at += p.n;
-    zeros_at += p.n >> (p.asym ? 2 : 0);
+    scales_at += n;
+    zeros_at += n >> (p.asym ? 2 : 0);
   }
   __device__ __forceinline__ void end_group() {
     float x_sum[tiles][2]; /* of rows 2 t and 2 t + 1 */
