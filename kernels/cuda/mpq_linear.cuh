@@ -221,8 +221,8 @@ struct x_loader {
 
 /* ---- the end ---- */
 
-/* Add the sums of the block's warps, [rows][columns] of each in shared memory, and of the splits.
-** */
+/* Add the sums of the block's warps, [rows][columns] of each in shared memory, and of the
+** splits. */
 template <typename S, typename L>
 __device__ __forceinline__ void finish(const float *sums, const task &p, int64_t outputs) {
   using T = typename S::T;

@@ -27,7 +27,7 @@ struct hopper_layout {
   static constexpr int columns = 128 * S::groups, step = 32, tile = 64; /* features */
   static constexpr int tile_bytes = S::rows * tile * 2, ring_bytes = S::depth * S::groups * 2048;
   static constexpr int used_bytes = S::stages * tile_bytes + ring_bytes;
-  static constexpr int sums_bytes = S::rows * columns * 4;
+  static constexpr int sums_stride = S::rows * columns, sums_bytes = sums_stride * 4;
   static constexpr int bytes = (used_bytes > sums_bytes ? used_bytes : sums_bytes) + 1024;
 };
 
