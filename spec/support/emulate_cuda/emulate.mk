@@ -1,17 +1,15 @@
 # emulate.mk - builds $(OUT)/libquartermoon_cuda.so: the CUDA backend for a machine without a GPU.
 HERE := spec/support/emulate_cuda
-# What plans matrix products is left out: see libraries.cpp.
-KERNELS := $(filter-out gemm gemm_plan gemm_tune,$(patsubst kernels/cuda/%.cu,%,$(wildcard kernels/cuda/*.cu)))
-PARTS := emulate ptx hopper libraries runtime
+KERNELS := $(patsubst kernels/cuda/%.cu,%,$(wildcard kernels/cuda/*.cu))
+PARTS := emulate ptx hopper libraries products runtime
 CXX := g++
 FLAGS := -std=c++20 -fPIC -fvisibility=hidden -ffp-contract=off -fno-strict-aliasing $(EXTRA) -I$(HERE)/include -Iengine -Ikernels -include cuda_runtime.h
 # The pass over the source that makes code for a Hopper GPU.
 DEVICE := -w -D__CUDACC__ -D__CUDA_ARCH__=900 -D__CUDA_ARCH_FEAT_SM90_ALL
 OBJECTS := $(KERNELS:%=$(OUT)/%.o) $(PARTS:%=$(OUT)/part_%.o)
 
-$(OUT)/libquartermoon_cuda.so: $(OBJECTS) build/$(CONFIG)/libreference.a
-	$(CXX) -shared $(EXTRA) -o $@ $(OBJECTS) -fopenmp -llapacke -lm -Wl,-z,nodelete \
-	  -Wl,--whole-archive build/$(CONFIG)/libreference.a -Wl,--no-whole-archive
+$(OUT)/libquartermoon_cuda.so: $(OBJECTS)
+	$(CXX) -shared $(EXTRA) -o $@ $(OBJECTS) -fopenmp -llapacke -lm -Wl,-z,nodelete
 
 $(OUT)/%.cpp: kernels/cuda/%.cu $(HERE)/translate.lua
 	$(CXX) $(FLAGS) $(DEVICE) -MMD -MF $(OUT)/$*.d -MT $@ -E -x c++ $< | luajit $(HERE)/translate.lua >$@.part

@@ -1,28 +1,9 @@
 /* libraries.cpp - what NVIDIA's libraries do in the real backend: cuSOLVER's and cuBLAS's calls by
-** LAPACK, the products by the reference's kernel. */
+** LAPACK. cuBLASLt's are in products.cpp. */
 #include <cusolverDn.h>
 #include <lapacke.h>
 
-#include "../../../kernels/cuda/cuda.h"
 #include "runtime.h"
-
-/* ---- products ---- */
-
-extern "C" int32_t qm_reference_gemm(void *context, const qm_gemm_args *args);
-/* The reference's own functions need their host: opening its backend leaves it there. */
-extern "C" const qm_backend *qm_reference_backend(const qm_host *host);
-
-int32_t qm_cuda_gemm_open(qm_cuda *) {
-  qm_reference_backend(qm_cuda_host);
-  return QM_OK;
-}
-void qm_cuda_gemm_close(qm_cuda *) {}
-
-int32_t qm_cuda_gemm(void *context, const qm_gemm_args *args) {
-  QM_CUDA_ENTER(context);
-  runtime_queue(cuda->compute, [copy = *args] { qm_reference_gemm(NULL, &copy); });
-  return qm_cuda_launched(cuda, "gemm");
-}
 
 /* ---- decompositions: nobody looks at a handle but for its stream ---- */
 
