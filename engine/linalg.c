@@ -22,20 +22,43 @@ int32_t qm_gemm(const qm_tensor *a, const qm_tensor *b, const qm_tensor *out, in
   args.trans_b = trans_b != 0;
   args.alpha = alpha;
   args.beta = beta;
-  args.bias = (qm_array){0};
+  args.bias = args.aux = args.sums = (qm_array){0};
+  args.epilogue = QM_EPILOGUE_NONE;
   return QM__DISPATCH(call, gemm, &args);
 }
 
 int32_t qm_linear(const qm_tensor *x, const qm_tensor *weight, const qm_tensor *bias,
-                  const qm_tensor *out, int32_t transposed) {
+                  const qm_tensor *out, int32_t transposed, int32_t epilogue,
+                  const qm_tensor *aux) {
   qm__call call = qm__begin("qm_linear");
-  qm_gemm_args args = {.batch = 1, .alpha = 1.0, .trans_b = transposed != 0};
+  qm_gemm_args args = {.batch = 1, .alpha = 1.0, .trans_b = transposed != 0, .epilogue = epilogue};
+  qm__require(&call, epilogue >= 0 && epilogue < QM_EPILOGUE_COUNT,
+              "argument 'epilogue': there is no epilogue %d", epilogue);
+  qm__require(&call, epilogue != QM_EPILOGUE_NONE || aux == NULL,
+              "argument 'aux': expected nothing without an epilogue");
   qm__operand(&call, "x", x, "float [M, K]", QM__READ, &args.a);
   qm__operand(&call, "weight", weight, transposed ? "=x [N, K]" : "=x [K, N]", QM__READ, &args.b);
   if (bias != NULL) qm__operand(&call, "bias", bias, "float [N]", QM__READ, &args.bias);
   qm__operand(&call, "out", out, "float [M, N]", QM__WRITE, &args.out);
+  if (epilogue != QM_EPILOGUE_NONE)
+    qm__operand(&call, "aux", aux, "=out [M, N]",
+                epilogue == QM_EPILOGUE_GELU ? QM__WRITE : QM__READ, &args.aux);
   args.m = qm__size(&call, "M");
   args.k = qm__size(&call, "K");
+  args.n = qm__size(&call, "N");
+  return QM__DISPATCH(call, gemm, &args);
+}
+
+int32_t qm_linear_gradients(const qm_tensor *x, const qm_tensor *dout, const qm_tensor *dweight,
+                            const qm_tensor *dbias, double beta) {
+  qm__call call = qm__begin("qm_linear_gradients");
+  qm_gemm_args args = {.batch = 1, .alpha = 1.0, .beta = beta, .trans_a = 1};
+  qm__operand(&call, "x", x, "float [M, K]", QM__READ, &args.a);
+  qm__operand(&call, "dout", dout, "=x [M, N]", QM__READ, &args.b);
+  qm__operand(&call, "dweight", dweight, "float [K, N]", QM__WRITE, &args.out);
+  qm__operand(&call, "dbias", dbias, "float [N]", QM__WRITE, &args.sums);
+  args.m = qm__size(&call, "K");
+  args.k = qm__size(&call, "M");
   args.n = qm__size(&call, "N");
   return QM__DISPATCH(call, gemm, &args);
 }

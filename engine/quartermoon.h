@@ -239,9 +239,21 @@ int32_t qm_softmax(const qm_tensor *x, const qm_tensor *out);
 int32_t qm_gemm(const qm_tensor *a, const qm_tensor *b, const qm_tensor *out, int32_t trans_a,
                 int32_t trans_b, double alpha, double beta);
 /* out = x weight + bias. x [M, K], weight [K, N] of one float type, or [N, K] if `transposed`;
-** out float [M, N]; bias float [N], or NULL. f32 accumulation. */
+** out float [M, N]; bias float [N], or NULL. f32 accumulation. What an epilogue makes of that, in
+** GELU's tanh form:
+**   QM_EPILOGUE_GELU       aux = x weight + bias, out = gelu of it: of aux, or before it is rounded
+**   QM_EPILOGUE_GELU_GRAD  out = (x weight + bias) gelu'(aux), within one rounding
+** aux [M, N] of out's type, written by the first and read by the second; NULL without. */
+enum { QM_EPILOGUE_NONE = 0, QM_EPILOGUE_GELU = 1, QM_EPILOGUE_GELU_GRAD = 2,
+       QM_EPILOGUE_COUNT = 3 };
 int32_t qm_linear(const qm_tensor *x, const qm_tensor *weight, const qm_tensor *bias,
-                  const qm_tensor *out, int32_t transposed);
+                  const qm_tensor *out, int32_t transposed, int32_t epilogue,
+                  const qm_tensor *aux);
+/* The gradients of such a product to its weight and its bias: dweight = x^T dout + beta dweight,
+** dbias = the sum of dout's rows, overwritten. x [M, K], dout [M, N] of one float type; dweight
+** float [K, N], dbias float [N]. */
+int32_t qm_linear_gradients(const qm_tensor *x, const qm_tensor *dout, const qm_tensor *dweight,
+                            const qm_tensor *dbias, double beta);
 /* Thin singular value decomposition a = u diag(s) vt, s descending; f32.
 ** a [M, N], u [M, R], s [R], vt [R, N], R = min(M, N). Signs are arbitrary. */
 int32_t qm_svd(const qm_tensor *a, const qm_tensor *u, const qm_tensor *s, const qm_tensor *vt);

@@ -14,6 +14,8 @@
 #include <pthread.h>
 #include <stdlib.h>
 
+#include "gemm_apart.h"
+
 /* A model has a few dozen products; each lives in one of WAYS places that its hash selects. */
 enum { SETS = 64, WAYS = 8 };
 
@@ -209,6 +211,7 @@ static int32_t multiply_and_add(qm_cpu_context *context, const qm_gemm_args *arg
 
 int32_t qm_cpu_gemm(void *opaque, const qm_gemm_args *args) {
   qm_cpu_context *context = opaque;
+  if (qm_gemm_is_joined(args)) return qm_gemm_apart(context->kernels, context, args);
   if (args->out.count == 0 || args->k == 0) return qm_reference_gemm(NULL, args);
   if (args->bias.data != NULL) return multiply_and_add(context, args);
   pthread_mutex_lock(&context->gemm->lock);

@@ -18,10 +18,11 @@ enum {
 typedef struct qm_gemm_key {
   int64_t batch, m, k, n;
   int32_t type, out_type, trans_a, trans_b;
+  int32_t epilogue; /* a cublasLtEpilogue_t */
   int32_t alignment_a, alignment_b, alignment_out;
-  int32_t bias;
+  int32_t alignment_vector, alignment_aux; /* 0: there is none */
 } qm_gemm_key;
-static_assert(sizeof(qm_gemm_key) == 4 * 8 + 8 * 4, "keys have no padding");
+static_assert(sizeof(qm_gemm_key) == 4 * 8 + 10 * 4, "keys have no padding");
 
 struct qm_gemm_hash {
   size_t operator()(const qm_gemm_key &key) const;
@@ -32,15 +33,32 @@ typedef struct qm_gemm_plan {
   cublasLtMatmulDesc_t product;
   cublasLtMatrixLayout_t first, second, out;           /* cuBLASLt's first operand is our b */
   cublasLtMatmulAlgo_t algorithms[QM_GEMM_CANDIDATES]; /* the first one runs */
-  int count;                                           /* 1: settled */
+  int count; /* 1: settled; 0: cuBLASLt has no algorithm that joins the epilogue */
 } qm_gemm_plan;
 
-/* One product's operands; out = alpha op(a) op(b) + beta out. */
+/* One product's operands; out = epilogue(alpha op(a) op(b) + beta c). */
 typedef struct qm_gemm_operands {
-  const void *a, *b;
+  const void *a, *b, *c;
   void *out;
+  void *vector; /* the bias that is read, or the sums that are written; or NULL */
+  void *aux;    /* GELU's argument, written or, for its gradient, read; or NULL */
   float alpha, beta;
 } qm_gemm_operands;
+
+/* What an epilogue writes beside the product. */
+static inline bool qm_gemm_writes_vector(int32_t epilogue) {
+  return epilogue == CUBLASLT_EPILOGUE_BGRADA;
+}
+static inline bool qm_gemm_writes_aux(int32_t epilogue) {
+  return epilogue == CUBLASLT_EPILOGUE_GELU_AUX || epilogue == CUBLASLT_EPILOGUE_GELU_AUX_BIAS;
+}
+/* Can other kernels do after the product what it does? Then cuBLASLt may refuse. */
+static inline bool qm_gemm_can_part(int32_t epilogue) {
+  return epilogue != CUBLASLT_EPILOGUE_DEFAULT && epilogue != CUBLASLT_EPILOGUE_BIAS;
+}
+static inline bool qm_gemm_is_refusal(cublasStatus_t code) {
+  return code == CUBLAS_STATUS_NOT_SUPPORTED || code == CUBLAS_STATUS_INVALID_VALUE;
+}
 
 struct qm_cuda_blas {
   std::mutex lock; /* around finding a plan and queueing it */
@@ -53,9 +71,9 @@ struct qm_cuda_blas {
 
 /* The cached plan for the key, made when there is none. */
 int32_t qm_cuda_gemm_find(qm_cuda_blas *blas, const qm_gemm_key *key, qm_gemm_plan **out);
-/* Queue a product with algorithm `index`, its result at `to`: operands->out or elsewhere. */
+/* Queue a product with algorithm `index`. */
 cublasStatus_t qm_cuda_gemm_run(qm_cuda *cuda, const qm_gemm_plan *p, int index,
-                                const qm_gemm_operands *operands, void *to);
+                                const qm_gemm_operands *operands);
 /* gemm_tune.cu: settle on the fastest of the plan's algorithms that give the first one's bits. */
 void qm_cuda_gemm_tune(qm_cuda *cuda, const qm_gemm_key *key, qm_gemm_plan *p,
                        const qm_gemm_operands *operands);

@@ -98,9 +98,17 @@ static cublasStatus_t describe(qm_gemm_plan *p, const qm_gemm_key *key) {
   cublasStatus_t code = qm_gemm_set(p->product, CUBLASLT_MATMUL_DESC_TRANSA, operations[0]);
   if (code == CUBLAS_STATUS_SUCCESS)
     code = qm_gemm_set(p->product, CUBLASLT_MATMUL_DESC_TRANSB, operations[1]);
-  if (code == CUBLAS_STATUS_SUCCESS && key->bias)
-    code = qm_gemm_set(p->product, CUBLASLT_MATMUL_DESC_EPILOGUE, CUBLASLT_EPILOGUE_BIAS);
-  return code;
+  if (code == CUBLAS_STATUS_SUCCESS)
+    code = qm_gemm_set(p->product, CUBLASLT_MATMUL_DESC_EPILOGUE, key->epilogue);
+  /* The choice of algorithms goes by addresses' alignment and does not follow them. */
+  if (code == CUBLAS_STATUS_SUCCESS && key->alignment_vector != 0)
+    code = qm_gemm_set(p->product, CUBLASLT_MATMUL_DESC_BIAS_POINTER,
+                       (void *)(intptr_t)key->alignment_vector);
+  if (code != CUBLAS_STATUS_SUCCESS || key->alignment_aux == 0) return code;
+  code = qm_gemm_set(p->product, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER,
+                     (void *)(intptr_t)key->alignment_aux);
+  if (code != CUBLAS_STATUS_SUCCESS) return code;
+  return qm_gemm_set(p->product, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, key->n);
 }
 
 static cublasStatus_t choose(const qm_cuda_blas *blas, qm_gemm_plan *p, const qm_gemm_key *key) {
@@ -145,7 +153,8 @@ int32_t qm_cuda_gemm_find(qm_cuda_blas *blas, const qm_gemm_key *key, qm_gemm_pl
     qm_gemm_plan p = {};
     cublasStatus_t code = describe(&p, key);
     if (code == CUBLAS_STATUS_SUCCESS) code = choose(blas, &p, key);
-    if (code != CUBLAS_STATUS_SUCCESS) {
+    const bool others_do = qm_gemm_can_part(key->epilogue) && qm_gemm_is_refusal(code);
+    if (code != CUBLAS_STATUS_SUCCESS && !others_do) {
       clear(&p);
       return qm_cuda_host->fail(
           code == CUBLAS_STATUS_NOT_SUPPORTED ? QM_E_UNSUPPORTED : QM_E_DEVICE,
@@ -160,9 +169,14 @@ int32_t qm_cuda_gemm_find(qm_cuda_blas *blas, const qm_gemm_key *key, qm_gemm_pl
 }
 
 cublasStatus_t qm_cuda_gemm_run(qm_cuda *cuda, const qm_gemm_plan *p, int index,
-                                const qm_gemm_operands *operands, void *to) {
-  return cublasLtMatmul(cuda->blas->handle, p->product, &operands->alpha, operands->b, p->first,
-                        operands->a, p->second, &operands->beta, operands->out, p->out, to, p->out,
-                        &p->algorithms[index], cuda->blas->workspace, QM_GEMM_WORKSPACE_BYTES,
-                        cuda->compute);
+                                const qm_gemm_operands *x) {
+  cublasStatus_t code = CUBLAS_STATUS_SUCCESS;
+  if (x->vector != NULL)
+    code = qm_gemm_set(p->product, CUBLASLT_MATMUL_DESC_BIAS_POINTER, x->vector);
+  if (code == CUBLAS_STATUS_SUCCESS && x->aux != NULL)
+    code = qm_gemm_set(p->product, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, x->aux);
+  if (code != CUBLAS_STATUS_SUCCESS) return code;
+  return cublasLtMatmul(cuda->blas->handle, p->product, &x->alpha, x->b, p->first, x->a, p->second,
+                        &x->beta, x->c, p->out, x->out, p->out, &p->algorithms[index],
+                        cuda->blas->workspace, QM_GEMM_WORKSPACE_BYTES, cuda->compute);
 }

@@ -1,5 +1,5 @@
 /* gemm_tune.cu - the fastest of cuBLASLt's algorithms for a product, among those with the same
-** bits.
+** bits, also in what an epilogue writes beside the product.
 **
 ** cuBLASLt's first choice is up to a quarter slower than its best one; whole training steps gain 1
 ** to 2 % (H200, bf16, GPT-2 124M and a Llama of 1.1B). A timed choice differs from run to run, so
@@ -33,47 +33,84 @@ static __global__ void compare(const uint16_t *x, const uint16_t *y, int64_t cou
   if (nonzero) found->nonzero = 1;
 }
 
+/* One of the things that a product writes, as the first algorithm has it and as another one. */
+typedef struct part {
+  char *first, *other;
+  int64_t size_bytes; /* 0: not written */
+} part;
+enum { OUT, AUX, VECTOR, PARTS };
+
 /* Memory and events of one tuning. */
 typedef struct bench {
-  char *first, *other; /* results */
+  char *memory;
+  part parts[PARTS];
+  qm_gemm_operands first, other; /* the product, with these results */
   comparison *found;
   cudaEvent_t start, stop;
 } bench;
 
-static bool open_bench(bench *b, int64_t size_bytes) {
-  const int64_t padded = qm_ceil_div(size_bytes, 256) * 256;
-  const bool made = cudaMalloc((void **)&b->first, (size_t)(2 * padded) + 256) == cudaSuccess &&
-                    cudaEventCreate(&b->start) == cudaSuccess &&
-                    cudaEventCreate(&b->stop) == cudaSuccess;
-  b->other = b->first + padded;
-  b->found = (comparison *)(b->other + padded);
-  return made;
+static bool open_bench(bench *b, const qm_gemm_key *key, const qm_gemm_operands *operands) {
+  const int64_t size = key->out_type == QM_F32 ? 4 : 2, elements = key->batch * key->m * key->n;
+  b->parts[OUT].size_bytes = elements * size;
+  b->parts[AUX].size_bytes = qm_gemm_writes_aux(key->epilogue) ? elements * size : 0;
+  b->parts[VECTOR].size_bytes = qm_gemm_writes_vector(key->epilogue) ? key->n * size : 0;
+  int64_t total = 0, places[PARTS];
+  for (int i = 0; i < PARTS; i++) {
+    places[i] = total;
+    total += qm_ceil_div(b->parts[i].size_bytes, 256) * 256;
+  }
+  if (cudaMalloc((void **)&b->memory, (size_t)(2 * total) + 256) != cudaSuccess ||
+      cudaEventCreate(&b->start) != cudaSuccess || cudaEventCreate(&b->stop) != cudaSuccess)
+    return false;
+  for (int i = 0; i < PARTS; i++) {
+    b->parts[i].first = b->memory + places[i];
+    b->parts[i].other = b->memory + total + places[i];
+  }
+  b->found = (comparison *)(b->memory + 2 * total);
+  b->first = b->other = *operands;
+  b->first.out = b->parts[OUT].first;
+  b->other.out = b->parts[OUT].other;
+  if (b->parts[AUX].size_bytes > 0) {
+    b->first.aux = b->parts[AUX].first;
+    b->other.aux = b->parts[AUX].other;
+  }
+  if (b->parts[VECTOR].size_bytes > 0) {
+    b->first.vector = b->parts[VECTOR].first;
+    b->other.vector = b->parts[VECTOR].other;
+  }
+  return true;
 }
 
 static void close_bench(bench *b) {
-  cudaFree(b->first);
+  cudaFree(b->memory);
   if (b->start != NULL) cudaEventDestroy(b->start);
   if (b->stop != NULL) cudaEventDestroy(b->stop);
   cudaGetLastError(); /* what went wrong here costs speed only */
 }
 
-/* Does algorithm `index` run, with the first one's bits, which are not all 0? */
-static bool agrees(qm_cuda *cuda, const qm_gemm_plan *p, int index,
-                   const qm_gemm_operands *operands, bench *b, int64_t size_bytes) {
+/* Has the part the first one's bits, which are not all 0? */
+static bool is_same(qm_cuda *cuda, const bench *b, const part *x) {
   comparison seen = {1, 0};
-  if (qm_cuda_gemm_run(cuda, p, index, operands, b->other) != CUBLAS_STATUS_SUCCESS) return false;
+  const int64_t count = x->size_bytes / 2;
   if (cudaMemsetAsync(b->found, 0, sizeof *b->found, cuda->compute) != cudaSuccess) return false;
-  compare<<<qm_blocks(cuda, size_bytes / 2, THREADS), THREADS, 0, cuda->compute>>>(
-      (const uint16_t *)b->first, (const uint16_t *)b->other, size_bytes / 2, b->found);
+  compare<<<qm_blocks(cuda, count, THREADS), THREADS, 0, cuda->compute>>>(
+      (const uint16_t *)x->first, (const uint16_t *)x->other, count, b->found);
   cudaMemcpyAsync(&seen, b->found, sizeof seen, cudaMemcpyDeviceToHost, cuda->compute);
   return cudaStreamSynchronize(cuda->compute) == cudaSuccess && !seen.differs && seen.nonzero;
 }
 
-static float time_once(qm_cuda *cuda, const qm_gemm_plan *p, int index,
-                       const qm_gemm_operands *operands, bench *b) {
+/* Does algorithm `index` run, and give what the first one does? */
+static bool agrees(qm_cuda *cuda, const qm_gemm_plan *p, int index, const bench *b) {
+  if (qm_cuda_gemm_run(cuda, p, index, &b->other) != CUBLAS_STATUS_SUCCESS) return false;
+  for (const part &x : b->parts)
+    if (x.size_bytes > 0 && !is_same(cuda, b, &x)) return false;
+  return true;
+}
+
+static float time_once(qm_cuda *cuda, const qm_gemm_plan *p, int index, const bench *b) {
   float elapsed_ms = 0.0f;
   cudaEventRecord(b->start, cuda->compute);
-  const cublasStatus_t code = qm_cuda_gemm_run(cuda, p, index, operands, b->other);
+  const cublasStatus_t code = qm_cuda_gemm_run(cuda, p, index, &b->other);
   cudaEventRecord(b->stop, cuda->compute);
   if (code != CUBLAS_STATUS_SUCCESS || cudaEventSynchronize(b->stop) != cudaSuccess ||
       cudaEventElapsedTime(&elapsed_ms, b->start, b->stop) != cudaSuccess)
@@ -83,11 +120,11 @@ static float time_once(qm_cuda *cuda, const qm_gemm_plan *p, int index,
 
 /* The algorithms left in p->algorithms, the fastest first; in turns, so that all meet the same
 ** clock rates. */
-static void rank(qm_cuda *cuda, qm_gemm_plan *p, const qm_gemm_operands *operands, bench *b) {
+static void rank(qm_cuda *cuda, qm_gemm_plan *p, const bench *b) {
   float best_ms[QM_GEMM_CANDIDATES];
   for (int round = 0; round < ROUNDS; round++)
     for (int i = 0; i < p->count; i++) {
-      const float elapsed_ms = time_once(cuda, p, i, operands, b);
+      const float elapsed_ms = time_once(cuda, p, i, b);
       if (round == 0 || elapsed_ms < best_ms[i]) best_ms[i] = elapsed_ms;
     }
   int best = 0;
@@ -98,18 +135,17 @@ static void rank(qm_cuda *cuda, qm_gemm_plan *p, const qm_gemm_operands *operand
 
 void qm_cuda_gemm_tune(qm_cuda *cuda, const qm_gemm_key *key, qm_gemm_plan *p,
                        const qm_gemm_operands *operands) {
-  const int64_t elements = key->batch * key->m * key->n;
-  const int64_t size_bytes = elements * (key->out_type == QM_F32 ? 4 : 2);
+  const double operations = 2.0 * (double)(key->batch * key->m * key->n) * (double)key->k;
   if (cuda->recording) return; /* the next call outside settles it */
-  const bool worth = 2.0 * (double)elements * (double)key->k >= WORTH_TUNING;
   bench b = {};
-  if (worth && cuda->blas->tuned < TUNED_MAX && open_bench(&b, size_bytes) &&
-      qm_cuda_gemm_run(cuda, p, 0, operands, b.first) == CUBLAS_STATUS_SUCCESS) {
+  if (operations >= WORTH_TUNING && cuda->blas->tuned < TUNED_MAX &&
+      open_bench(&b, key, operands) &&
+      qm_cuda_gemm_run(cuda, p, 0, &b.first) == CUBLAS_STATUS_SUCCESS) {
     int kept = 1;
     for (int i = 1; i < p->count; i++)
-      if (agrees(cuda, p, i, operands, &b, size_bytes)) p->algorithms[kept++] = p->algorithms[i];
+      if (agrees(cuda, p, i, &b)) p->algorithms[kept++] = p->algorithms[i];
     p->count = kept;
-    rank(cuda, p, operands, &b);
+    rank(cuda, p, &b);
     cuda->blas->tuned++;
   }
   close_bench(&b);

@@ -2,12 +2,12 @@
 ** Source of GELU: Hendrycks and Gimpel, arXiv 1606.08415. */
 #include "reference.h"
 
-static double gelu(double x, int tanh_form) {
+double qm_reference_gelu(double x, int tanh_form) {
   const double inner = 0.7978845608028654 * (x + 0.044715 * x * x * x); /* sqrt(2 / pi) */
   return 0.5 * x * (1.0 + (tanh_form ? tanh(inner) : erf(x * 0.7071067811865476)));
 }
 
-static double gelu_grad(double x, int tanh_form) {
+double qm_reference_gelu_grad(double x, int tanh_form) {
   if (!tanh_form) /* Phi(x) + x phi(x) */
     return 0.5 * (1.0 + erf(x * 0.7071067811865476)) + x * 0.3989422804014327 * exp(-0.5 * x * x);
   const double t = tanh(0.7978845608028654 * (x + 0.044715 * x * x * x));
@@ -31,7 +31,7 @@ static float unary(const qm_unary_args *args, float x) {
     case QM_TANH: return tanhf(x);
     case QM_SIGMOID: return 1.0f / (1.0f + expf(-x));
     case QM_SILU: return x / (1.0f + expf(-x));
-    case QM_GELU: return (float)gelu((double)x, args->p0 != 0.0);
+    case QM_GELU: return (float)qm_reference_gelu((double)x, args->p0 != 0.0);
     case QM_RELU: return x < 0.0f ? 0.0f : x;
     case QM_SQUARE: return x * x;
     case QM_POW: return powf(x, (float)args->p0);
@@ -44,7 +44,7 @@ static float unary(const qm_unary_args *args, float x) {
     case QM_SIN: return sinf(x);
     case QM_COS: return cosf(x);
     case QM_RECIPROCAL: return 1.0f / x;
-    case QM_GELU_GRAD: return (float)gelu_grad((double)x, args->p0 != 0.0);
+    case QM_GELU_GRAD: return (float)qm_reference_gelu_grad((double)x, args->p0 != 0.0);
     default: return (float)silu_grad((double)x);
   }
 }
@@ -69,7 +69,7 @@ static double derivative(const qm_unary_backward_args *args, double x) {
     case QM_TANH: return 1.0 - tanh(x) * tanh(x);
     case QM_SIGMOID: return sigmoid * (1.0 - sigmoid);
     case QM_SILU: return silu_grad(x);
-    case QM_GELU: return gelu_grad(x, args->p0 != 0.0);
+    case QM_GELU: return qm_reference_gelu_grad(x, args->p0 != 0.0);
     case QM_RELU: return x > 0.0 ? 1.0 : x != x ? x : 0.0;
     case QM_SQUARE: return 2.0 * x;
     case QM_POW: return args->p0 == 0.0 ? 0.0 : args->p0 * pow(x, args->p0 - 1.0);

@@ -16,6 +16,10 @@ extern const qm_host *qm_reference_host;
 /* The complete table; the CPU's begins as its copy. */
 extern const qm_kernels qm_reference_kernels;
 
+/* GELU in the exact or the tanh form, and its derivative. */
+double qm_reference_gelu(double x, int tanh_form);
+double qm_reference_gelu_grad(double x, int tanh_form);
+
 /* Values that lie in device memory, checked by host backends before they index with them: offsets
 ** of packed sequences ascend from 0 to rows, targets are classes, positions stand in the table. */
 int32_t qm_reference_check_offsets(const char *name, const qm_array *offsets, int64_t rows);

@@ -60,7 +60,7 @@ local function layer(name, rows, channels, features, biased, dtype)
   product("y = x w", operations, sets, function(s) gemm(s.x, s.w, s.y, 0, 0, 0) end)
   if bias then
     product("y = x w + bias", operations, sets, function(s)
-      binding.check(binding.lib.qm_linear(s.x.desc, s.w.desc, bias.desc, s.y.desc, 0), "linear")
+      binding.check(binding.lib.qm_linear(s.x.desc, s.w.desc, bias.desc, s.y.desc, 0, 0, nil), "linear")
     end)
   end
   product("dx = dy w^T", operations, sets, function(s) gemm(s.y, s.w, s.x, 0, 1, 0) end)
