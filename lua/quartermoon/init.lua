@@ -32,6 +32,7 @@ for _, name in ipairs({
   "index",
   "layers",
   "linalg",
+  "mlp",
   "reduce",
   "shape",
   "unary",

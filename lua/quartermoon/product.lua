@@ -49,11 +49,13 @@ function M.gradient(name, input, a, b, trans_a, trans_b)
 end
 
 ---Raise unless bias is nil or has one number for each of the columns.
-function M.check_bias(name, bias, columns)
+---@param argument string|nil  its name, default "bias"
+function M.check_bias(name, bias, columns, argument)
   if bias == nil then return end
-  check.desc(name, "bias", bias)
+  argument = argument or "bias"
+  check.desc(name, argument, bias)
   if #bias.shape ~= 1 or bias.shape[1] ~= columns then
-    check.fail(name, "bias", ("float [N=%s]"):format(columns), bias)
+    check.fail(name, argument, ("float [N=%s]"):format(columns), bias)
   end
 end
 

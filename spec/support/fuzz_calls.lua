@@ -48,6 +48,7 @@ return function(qm, device)
     { "qm.matmul", function() return leaf(4, 6), randn(4, 5), { trans_a = true, trans_b = false } end },
     { "qm.matmul", function() return half(2, 4, 6), half(2, 6, 5) end },
     { "qm.linear", function() return leaf(4, 6), leaf(6, 5), leaf(5) end },
+    { "qm.gelu_mlp", function() return leaf(4, 6), leaf(6, 8), leaf(8), leaf(8, 5), leaf(5), { recompute = true } end },
     { "qm.svd", function() return randn(6, 4) end },
     { "qm.qr", function() return randn(6, 4) end },
     { "qm.cholesky_inverse", function() return qm.ones({ 4, 4 }, { device = device }), 0.5 end },
