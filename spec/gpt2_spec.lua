@@ -73,6 +73,37 @@ describe("qm.models.gpt2", function()
     end)
   end
 
+  it("takes its feed-forward layers whole where both halves are plain dense layers", function()
+    local model = tiny({ n_embd = 16, initializer_range = 0.3 }, { dtype = "bf16", linear = { kind = "dense" } })
+    local tokens, targets = ids({ 1, 2, 3, 4, 5, 6, 7, 8 }), ids({ 2, 3, 4, 5, 6, 7, 8, 9 })
+    local mlp, x = model.transformer.h[1].mlp, qm.randn({ 2, 16 }, { dtype = "bf16" }):requires_gradient()
+    assert.equal("gelu_mlp", mlp(x).node.name)
+    local loss = model:loss(tokens, targets)
+    local whole = loss:item()
+    loss:backward()
+    local grads = {}
+    for i, param in ipairs(model:parameters()) do
+      grads[i] = param.grad:clone()
+      param:zero_grad()
+    end
+    -- A layer whose forward somebody replaced is called, as quantizing a model needs it.
+    local calls = 0
+    for _, block in ipairs(model.transformer.h) do
+      block.mlp.c_fc.forward = function(layer, input)
+        calls = calls + 1
+        return qm.linear(input, layer.weight, layer.bias)
+      end
+    end
+    assert.equal("linear", mlp(x).node.name)
+    loss = model:loss(tokens, targets)
+    assert.equal(3, calls)
+    assert.near(whole, loss:item(), 0.01)
+    loss:backward()
+    for i, param in ipairs(model:parameters()) do testing.assert_close(grads[i], param.grad, 2 ^ -4, param.name) end
+    local exact = tiny({ activation_function = "gelu" })
+    assert.equal("linear", exact.transformer.h[1].mlp(qm.randn({ 2, 8 }):requires_gradient()).node.name)
+  end)
+
   it("generates with its cache what it would say without", function()
     local model = tiny({ initializer_range = 0.5 }, { dtype = "f32", linear = { kind = "dense" }, vocab_multiple = 16 })
     local made = model:generate({ 3, 1 }, { max_tokens = 6, temperature = 0 })

@@ -84,10 +84,18 @@ local function new_mlp(config, layer, recompute)
   return self
 end
 
+---Does calling the layer multiply by a dense weight and nothing else? One that is quantized, or whose forward
+---somebody replaced, is to be called.
+local function is_plain(layer) return layer.forward == nn.Linear.forward end
+
 function MLP:forward(x)
-  local fc = self.c_fc(x)
+  local c_fc, c_proj = self.c_fc, self.c_proj
+  if self.form == "tanh" and is_plain(c_fc) and is_plain(c_proj) then
+    return qm.gelu_mlp(x, c_fc.weight, c_fc.bias, c_proj.weight, c_proj.bias, { recompute = self.recompute })
+  end
+  local fc = c_fc(x)
   local inner = qm.gelu(fc, self.form)
-  local out = self.c_proj(inner)
+  local out = c_proj(inner)
   if self.recompute then autograd.forget(inner, qm.gelu, fc, self.form) end
   return out
 end
