@@ -29,7 +29,7 @@ local LOSSES = on_gpu and { { 16384, 2048, 32000 }, { 65536, 768, 50304, true },
   or { { 4096, 256, 32000 } }
 if arg[1] then
   local rows, channels = tonumber(arg[1]), tonumber(arg[2]) or 256
-  SHAPES = { { "layer", rows, channels, tonumber(arg[3]) or 768 } }
+  SHAPES = { { "layer", rows, channels, tonumber(arg[3]) or 768, true } }
   LOSSES = { { rows, channels, tonumber(arg[4]) or 32000 } }
 end
 
@@ -42,6 +42,38 @@ end
 local function product(what, operations, sets, call)
   local calls = on_gpu and math.max(4, math.min(40, math.floor(4e12 / operations))) or 4
   report(what, operations, qm.ceilings.time(device, function(i) call(sets[i % #sets + 1]) end, calls))
+end
+
+---What a product takes along, against a kernel of its own behind it.
+local function joined(operations, sets, bias)
+  local lib, C = binding.lib, require("ffi").C
+  local function run(status) binding.check(status, "joined") end
+  for _, s in ipairs(sets) do
+    s.aux_x, s.aux_y, s.db = qm.randn(s.x.shape, { dtype = s.x.dtype }), s.y:empty_like(), qm.zeros({ s.y.shape[2] })
+  end
+  product("y = gelu(x w + bias)", operations, sets, function(s)
+    run(lib.qm_linear(s.x.desc, s.w.desc, bias.desc, s.y.desc, 0, C.QM_EPILOGUE_GELU, s.aux_y.desc))
+  end)
+  product("  apart", operations, sets, function(s)
+    run(lib.qm_linear(s.x.desc, s.w.desc, bias.desc, s.aux_y.desc, 0, 0, nil))
+    run(lib.qm_unary(C.QM_GELU, s.aux_y.desc, s.y.desc, 1, 0))
+  end)
+  product("dx = (dy w^T) gelu'", operations, sets, function(s)
+    run(lib.qm_linear(s.y.desc, s.w.desc, nil, s.x.desc, 1, C.QM_EPILOGUE_GELU_GRAD, s.aux_x.desc))
+  end)
+  product("  apart", operations, sets, function(s)
+    run(lib.qm_linear(s.y.desc, s.w.desc, nil, s.x.desc, 1, 0, nil))
+    run(lib.qm_unary_backward(C.QM_GELU, s.x.desc, s.aux_x.desc, s.x.desc, 1, 0))
+  end)
+  for beta = 0, 1 do
+    product(("dw, db; beta %d"):format(beta), operations, sets, function(s)
+      run(lib.qm_linear_gradients(s.x.desc, s.y.desc, s.dw.desc, s.db.desc, beta))
+    end)
+    product("  apart", operations, sets, function(s)
+      run(lib.qm_gemm(s.x.desc, s.y.desc, s.dw.desc, 1, 0, 1, beta))
+      run(lib.qm_reduce(C.QM_SUM, s.y.desc, s.db.desc, 0))
+    end)
+  end
 end
 
 local function layer(name, rows, channels, features, biased, dtype)
@@ -65,6 +97,7 @@ local function layer(name, rows, channels, features, biased, dtype)
   end
   product("dx = dy w^T", operations, sets, function(s) gemm(s.y, s.w, s.x, 0, 1, 0) end)
   product("dw = dw + x^T dy, f32", operations, sets, function(s) gemm(s.x, s.y, s.dw, 1, 0, 1) end)
+  if bias then joined(operations, sets, bias) end
 end
 
 local function loss(rows, channels, classes, transposed)
