@@ -15,118 +15,168 @@
 using namespace mpq_linear;
 
 template <typename Product>
-static __global__ __launch_bounds__(Product::S::threads, Product::S::blocks) void multiply(task p) {
+static __device__ __forceinline__ void run(const task &p) {
   extern __shared__ __align__(128) char memory[];
   Product product(p, memory); /* reads weights alone */
   qm_let_next_begin();
   qm_await_previous();
   product.run();
 }
+template <typename Product>
+static __global__ __launch_bounds__(Product::S::threads, Product::S::blocks) void multiply(task p) {
+  run<Product>(p);
+}
+template <typename Product>
+static __global__ __launch_bounds__(Product::S::threads, Product::S::blocks) void multiply_group(
+    const __grid_constant__ task_group group) {
+  int32_t i = 0;
+  while (i + 1 < group.count && (int32_t)blockIdx.x >= group.part[i + 1].first_tile) i++;
+  run<Product>(group.part[i]);
+}
 
 constexpr int64_t ROWS_MAX = 64;
 
 /* QM_E_UNSUPPORTED where the device has too little shared memory for it. */
+template <typename Product, typename Kernel>
+static int32_t prepare(const qm_cuda *cuda, Kernel kernel, bool (&prepared)[64]) {
+  using L = typename Product::L;
+  if (prepared[cuda->index % 64]) return QM_OK;
+  int most = 0;
+  int32_t status = qm_cuda_check(
+      cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, cuda->index),
+      "mpq_linear");
+  if (status == QM_OK && L::bytes > most) return QM_E_UNSUPPORTED;
+  if (status == QM_OK)
+    status = qm_cuda_check(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, L::bytes),
+        "mpq_linear");
+  prepared[cuda->index % 64] = status == QM_OK;
+  return status;
+}
+
 template <typename Product>
-static int32_t launch(qm_cuda *cuda, task p, int64_t length, int64_t outputs) {
+static int32_t launch(qm_cuda *cuda, task_group group) {
   using S = typename Product::S;
   using L = typename Product::L;
-  static bool prepared[64]; /* by device */
-  if (!prepared[cuda->index % 64]) {
-    int most = 0;
-    int32_t status = qm_cuda_check(
-        cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, cuda->index),
-        "mpq_linear");
-    if (status == QM_OK && L::bytes > most) return QM_E_UNSUPPORTED;
-    if (status == QM_OK)
-      status =
-          qm_cuda_check(cudaFuncSetAttribute(multiply<Product>,
-                                             cudaFuncAttributeMaxDynamicSharedMemorySize, L::bytes),
-                        "mpq_linear");
-    if (status != QM_OK) return status;
-    prepared[cuda->index % 64] = true;
+  static bool one_prepared[64], group_prepared[64]; /* by device */
+  int32_t status = QM_E_UNSUPPORTED;
+  if (group.count == 1)
+    status = prepare<Product>(cuda, multiply<Product>, one_prepared);
+  else if constexpr (Product::takes_groups)
+    status = prepare<Product>(cuda, multiply_group<Product>, group_prepared);
+  if (status != QM_OK) return status;
+  int64_t tiles = 0, outputs = 0;
+  for (int32_t i = 0; i < group.count; i++) {
+    group.part[i].first_tile = (int32_t)tiles;
+    tiles += qm_ceil_div(group.part[i].outputs, L::columns);
+    outputs += group.part[i].outputs;
   }
-  const int64_t tiles = qm_ceil_div(outputs, L::columns), spans = qm_ceil_div(length, L::span);
   /* As many splits as there is room for at once; each warp of a sum wants at least two stages. */
+  const int64_t rows = group.part[0].rows, spans = qm_ceil_div(group.part[0].length, L::span);
   const int64_t room = (int64_t)cuda->multiprocessors * S::blocks / tiles;
   const int64_t most = tiles > TICKETS ? 1 : qm_ceil_div(spans, 2 * S::deep);
   const int64_t splits = room < 1 ? 1 : room < most ? room : most;
-  p.spans = (int32_t)qm_ceil_div(spans, splits * S::deep);
-  if (splits > 1) {
-    const int32_t status = qm_cuda_scratch(cuda, splits * p.rows * outputs * (int64_t)sizeof(float),
-                                           (void **)&p.partial);
-    if (status != QM_OK) return status;
+  float *partial = NULL;
+  if (splits > 1)
+    status = qm_cuda_scratch(cuda, splits * rows * outputs * (int64_t)sizeof *partial,
+                             (void **)&partial);
+  if (status != QM_OK) return status;
+  for (int32_t i = 0; i < group.count; i++) {
+    group.part[i].spans = (int32_t)qm_ceil_div(spans, splits * S::deep);
+    group.part[i].partial = partial;
+    if (splits > 1) partial += splits * rows * group.part[i].outputs;
   }
   const dim3 grid((unsigned)tiles, (unsigned)splits);
-  qm_launch_early(cuda, multiply<Product>, grid, S::threads, L::bytes, p);
+  if (group.count == 1)
+    qm_launch_early(cuda, multiply<Product>, grid, S::threads, L::bytes, group.part[0]);
+  else if constexpr (Product::takes_groups)
+    qm_launch_early(cuda, multiply_group<Product>, grid, S::threads, L::bytes, group);
   return qm_cuda_launched(cuda, "mpq_linear");
 }
 
 /* Warps enough to fill the device with the blocks that W's columns make: at most 32 a
 ** multiprocessor, or 16 with twice the registers, and 128 KiB of codes under way in each. */
 template <typename T, int TILES>
-static int32_t launch_few(qm_cuda *cuda, const task &p) {
+static int32_t launch_few(qm_cuda *cuda, const task_group &group) {
   constexpr int WARPS = TILES == 1 ? 32 : 16, DEPTH = TILES == 1 ? 8 : 16;
-  const int64_t blocks = qm_ceil_div(p.n, 32) / cuda->multiprocessors;
+  int64_t columns = 0;
+  for (int32_t i = 0; i < group.count; i++) columns += group.part[i].n;
+  const int64_t blocks = qm_ceil_div(columns, 32) / cuda->multiprocessors;
   int32_t status = QM_E_UNSUPPORTED; /* as it stays where the larger ones lack shared memory */
-  if (blocks < 1)
-    status = launch<few<few_shape<T, TILES, 1, WARPS, DEPTH, 2, 1>>>(cuda, p, p.k, p.n);
+  if (blocks < 1) status = launch<few<few_shape<T, TILES, 1, WARPS, DEPTH, 2, 1>>>(cuda, group);
   if (blocks < 2 && status == QM_E_UNSUPPORTED)
-    status = launch<few<few_shape<T, TILES, 1, WARPS / 2, DEPTH, 2, 2>>>(cuda, p, p.k, p.n);
+    status = launch<few<few_shape<T, TILES, 1, WARPS / 2, DEPTH, 2, 2>>>(cuda, group);
   if (status == QM_E_UNSUPPORTED)
-    status = launch<few<few_shape<T, TILES, 1, WARPS / 4, DEPTH, 2, 4>>>(cuda, p, p.k, p.n);
+    status = launch<few<few_shape<T, TILES, 1, WARPS / 4, DEPTH, 2, 4>>>(cuda, group);
   return status;
 }
 
 /* Shapes: warps, of them side by side, pieces of output, vectors of codes, stages, blocks. */
 template <typename T>
-static int32_t launch_forward(qm_cuda *cuda, const task &p) {
-  if (p.rows <= 8) return launch_few<T, 1>(cuda, p);
-  if (p.rows <= 16) return launch_few<T, 2>(cuda, p);
-  if (cuda->has_wgmma) return launch_hopper<T>(cuda, p);
-  if (p.rows <= 32) return launch<forward<shape<T, 4, 8, 2, 2, 4, 3, 1>>>(cuda, p, p.k, p.n);
-  return launch<forward<shape<T, 8, 12, 4, 1, 2, 4, 1>>>(cuda, p, p.k, p.n);
+static int32_t launch_forward(qm_cuda *cuda, const task_group &group) {
+  const int64_t rows = group.part[0].rows;
+  if (rows <= 8) return launch_few<T, 1>(cuda, group);
+  if (rows <= 16) return launch_few<T, 2>(cuda, group);
+  if (group.count > 1) return QM_E_UNSUPPORTED;
+  if (cuda->has_wgmma) return launch_hopper<T>(cuda, group.part[0]);
+  if (rows <= 32) return launch<forward<shape<T, 4, 8, 2, 2, 4, 3, 1>>>(cuda, group);
+  return launch<forward<shape<T, 8, 12, 4, 1, 2, 4, 1>>>(cuda, group);
 }
 template <typename T>
-static int32_t launch_transposed(qm_cuda *cuda, const task &p) {
+static int32_t launch_transposed(qm_cuda *cuda, const task_group &group) {
+  const int64_t rows = group.part[0].rows;
   if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    const bool pairs = p.group_size % 128 == 0, whole = p.group_size % 64 == 0;
-    if (p.rows <= 8 && pairs)
-      return launch<transposed_scaling_x<shape<T, 1, 8, 1, 2, 4, 4, 2>>>(cuda, p, p.n, p.k);
-    if (p.rows <= 8 && whole)
-      return launch<transposed_scaling_x<shape<T, 1, 8, 1, 1, 4, 4, 2>>>(cuda, p, p.n, p.k);
-    if (p.rows <= 16 && pairs)
-      return launch<transposed_scaling_x<shape<T, 2, 8, 1, 2, 4, 4, 2>>>(cuda, p, p.n, p.k);
-    if (p.rows <= 16 && whole)
-      return launch<transposed_scaling_x<shape<T, 2, 8, 1, 1, 4, 3, 2>>>(cuda, p, p.n, p.k);
+    const int32_t group_size = group.part[0].group_size;
+    const bool pairs = group_size % 128 == 0, whole = group_size % 64 == 0;
+    if (rows <= 8 && pairs)
+      return launch<transposed_scaling_x<shape<T, 1, 8, 1, 2, 4, 4, 2>>>(cuda, group);
+    if (rows <= 8 && whole)
+      return launch<transposed_scaling_x<shape<T, 1, 8, 1, 1, 4, 4, 2>>>(cuda, group);
+    if (rows <= 16 && pairs)
+      return launch<transposed_scaling_x<shape<T, 2, 8, 1, 2, 4, 4, 2>>>(cuda, group);
+    if (rows <= 16 && whole)
+      return launch<transposed_scaling_x<shape<T, 2, 8, 1, 1, 4, 3, 2>>>(cuda, group);
   }
-  if (p.rows <= 16) return launch<transposed<shape<T, 2, 8, 1, 1, 4, 3, 2>>>(cuda, p, p.n, p.k);
-  if (p.rows <= 32) return launch<transposed<shape<T, 4, 8, 2, 1, 4, 3, 1>>>(cuda, p, p.n, p.k);
-  return launch<transposed<shape<T, 8, 8, 2, 1, 4, 3, 1>>>(cuda, p, p.n, p.k);
+  if (rows <= 16) return launch<transposed<shape<T, 2, 8, 1, 1, 4, 3, 2>>>(cuda, group);
+  if (rows <= 32) return launch<transposed<shape<T, 4, 8, 2, 1, 4, 3, 1>>>(cuda, group);
+  return launch<transposed<shape<T, 8, 8, 2, 1, 4, 3, 1>>>(cuda, group);
 }
 
-template <typename T>
-static int32_t multiply_fused(qm_cuda *cuda, const qm_mpq_linear_args *args) {
+/* Rows of one product, from `row` on. */
+static task task_of(const qm_mpq_linear_args *args, int64_t row) {
   const qm_mpq_view *q = &args->q;
-  const int64_t length = args->transposed ? q->n : q->k, outputs = args->transposed ? q->k : q->n;
   task p = {};
   p.scales = q->scales.data;
   p.zeros = q->zeros.data;
   p.words = (const uint32_t *)q->data.data;
   p.k = q->k;
   p.n = q->n;
+  p.length = args->transposed ? q->n : q->k;
+  p.outputs = args->transposed ? q->k : q->n;
   p.group_size = q->group_size;
   p.asym = q->asym;
   p.zero_offset = q->zero_offset;
   p.zero_top = 0x1p23f - (float)q->zero_offset;
   p.bf16_scales = q->scales.dtype == QM_BF16;
-  int32_t status = QM_OK;
-  for (int64_t row = 0; row < args->rows && status == QM_OK; row += ROWS_MAX) {
-    p.rows = args->rows - row < ROWS_MAX ? args->rows - row : ROWS_MAX;
-    p.x = (const T *)args->x.data + row * length;
-    p.out = (T *)args->out.data + row * outputs;
-    status = args->transposed ? launch_transposed<T>(cuda, p) : launch_forward<T>(cuda, p);
-  }
-  return status;
+  p.rows = args->rows - row < ROWS_MAX ? args->rows - row : ROWS_MAX;
+  p.x = (const uint16_t *)args->x.data + row * p.length;
+  p.out = (uint16_t *)args->out.data + row * p.outputs;
+  return p;
+}
+
+static int32_t multiply_fused(qm_cuda *cuda, const qm_mpq_linear_args *args) {
+  return qm_with_half(args->x.dtype, [&](auto element) {
+    using T = decltype(element);
+    int32_t status = QM_OK;
+    for (int64_t row = 0; row < args->rows && status == QM_OK; row += ROWS_MAX) {
+      task_group group = {};
+      group.count = 1;
+      group.part[0] = task_of(args, row);
+      status =
+          args->transposed ? launch_transposed<T>(cuda, group) : launch_forward<T>(cuda, group);
+    }
+    return status;
+  });
 }
 
 /* Whether words, grid and x can be read in the kernels' packs and groups do not cut them. */
@@ -136,8 +186,9 @@ static bool is_fused(const qm_mpq_linear_args *args) {
   return args->x.dtype != QM_F32 && q->scales.dtype != QM_F32 && q->w_bit == 4 && q->n % 8 == 0 &&
          whole_groups && q->g_idx.data == NULL && q->q_perm.data == NULL &&
          q->group_map.data == NULL && q->k > 0 && q->n > 0 && q->k < INT32_MAX / 2 &&
-         q->n < INT32_MAX / 2 && qm_aligned(args->x.data, 16) && qm_aligned(q->data.data, 16) &&
-         qm_aligned(q->scales.data, 8) && qm_aligned(q->zeros.data, q->asym ? 4 : 8);
+         q->n < INT32_MAX / 2 && q->k / 32 * q->n < INT32_MAX && qm_aligned(args->x.data, 16) &&
+         qm_aligned(q->data.data, 16) && qm_aligned(q->scales.data, 8) &&
+         qm_aligned(q->zeros.data, q->asym ? 4 : 8);
 }
 
 static int32_t multiply_dequantized(qm_cuda *cuda, const qm_mpq_linear_args *args) {
@@ -167,17 +218,31 @@ int32_t qm_cuda_mpq_linear(void *context, const qm_mpq_linear_args *args) {
   QM_CUDA_ENTER(context);
   if (args->out.count == 0) return QM_OK;
   int32_t status = QM_E_UNSUPPORTED;
-  if (is_fused(args))
-    status = args->x.dtype == QM_BF16 ? multiply_fused<__nv_bfloat16>(cuda, args)
-                                      : multiply_fused<__half>(cuda, args);
+  if (is_fused(args)) status = multiply_fused(cuda, args);
   return status == QM_E_UNSUPPORTED ? multiply_dequantized(cuda, args) : status;
 }
 
-int32_t qm_cuda_mpq_linear_group(void *context, const qm_mpq_linear_group_args *group) {
-  int32_t status = QM_OK;
-  for (int32_t i = 0; i < group->count && status == QM_OK; i++) {
-    const qm_mpq_linear_args args = qm_mpq_linear_of(group, i);
-    status = qm_cuda_mpq_linear(context, &args);
+/* The products in one grid; QM_E_UNSUPPORTED where they have no kernel for that. */
+static int32_t multiply_together(qm_cuda *cuda, const qm_mpq_linear_group_args *args) {
+  task_group group = {};
+  group.count = args->count;
+  for (int32_t i = 0; i < args->count; i++) {
+    const qm_mpq_linear_args one = qm_mpq_linear_of(args, i);
+    if (one.out.count == 0 || one.rows > ROWS_MAX || !is_fused(&one)) return QM_E_UNSUPPORTED;
+    group.part[i] = task_of(&one, 0);
+  }
+  return qm_with_half(args->x.dtype,
+                      [&](auto element) { return launch_forward<decltype(element)>(cuda, group); });
+}
+
+int32_t qm_cuda_mpq_linear_group(void *context, const qm_mpq_linear_group_args *args) {
+  QM_CUDA_ENTER(context);
+  int32_t status = multiply_together(cuda, args);
+  if (status != QM_E_UNSUPPORTED) return status;
+  status = QM_OK;
+  for (int32_t i = 0; i < args->count && status == QM_OK; i++) {
+    const qm_mpq_linear_args one = qm_mpq_linear_of(args, i);
+    status = qm_cuda_mpq_linear(context, &one);
   }
   return status;
 }

@@ -25,11 +25,18 @@ struct task {
   const void *x, *scales, *zeros;
   const uint32_t *words;
   void *out;
-  float *partial; /* [splits, rows, outputs] where splits > 1 */
-  int64_t rows, k, n;
+  float *partial;                      /* [splits, rows, outputs] where splits > 1 */
+  int64_t rows, k, n, length, outputs; /* of the sum and of a row of out: k and n, or n and k */
   int32_t group_size, asym, zero_offset, bf16_scales;
-  float zero_top; /* 2^23 - zero_offset */
-  int32_t spans;  /* stages of a warp: each takes so many steps of `span` elements along the sum */
+  float zero_top;     /* 2^23 - zero_offset */
+  int32_t first_tile; /* the grid's first block column that is this product's, see task_group */
+  int32_t spans; /* stages of a warp: each takes so many steps of `span` elements along the sum */
+};
+
+/* Products of the same x, side by side in one grid. */
+struct task_group {
+  task part[QM_MPQ_GROUP_MAX];
+  int32_t count;
 };
 
 /* How many blocks of a tile have left their sums; 0 between launches. */
@@ -226,7 +233,7 @@ struct x_loader {
 template <typename S, typename L>
 __device__ __forceinline__ void finish(const float *sums, const task &p, int64_t outputs) {
   using T = typename S::T;
-  const int64_t first = (int64_t)blockIdx.x * L::columns;
+  const int64_t first = ((int64_t)blockIdx.x - p.first_tile) * L::columns;
   const bool split = gridDim.y > 1;
   const int32_t rows = (int32_t)p.rows;
   for (int i = threadIdx.x; i < rows * L::columns; i += S::threads) {

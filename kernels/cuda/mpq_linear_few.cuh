@@ -42,6 +42,7 @@ struct few {
   using S = S_;
   using T = typename S::T;
   using L = few_layout<S>;
+  static constexpr bool takes_groups = true;
   static constexpr int chunks = S::chunks, tiles = S::tiles, ahead = S::ahead;
 
   const task &p;
@@ -50,18 +51,18 @@ struct few {
   const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
   const uint32_t *words; /* of the step to ask for next */
   const uint16_t *x_rows[tiles];
-  const uint16_t *scales_at, *zeros_at; /* the next group's, in the lane's first column */
-  int32_t beside;                       /* from the lane's columns to those of its next piece */
-  int32_t left;                         /* steps to take, when `ahead` of them began */
-  int32_t steps, group_steps;           /* behind the group's, and those of it */
-  int32_t slots;                        /* the lane's, by address of shared memory */
+  uint32_t grid_at;           /* the next group's element of the grid, in the lane's first column */
+  int32_t beside;             /* from the lane's columns to those of its next piece */
+  int32_t left;               /* steps to take, when `ahead` of them began */
+  int32_t steps, group_steps; /* behind the group's, and those of it */
+  int32_t slots;              /* the lane's, by address of shared memory */
   uint4 x[ahead][tiles];
   uint2 scales[chunks], zeros[chunks];
   float sums[chunks][2][tiles][4] = {}, part[chunks][2][tiles][4], x_sums[4]; /* of a group */
 
   /* Lanes that stand beyond W's columns read its last, and what they make of them goes nowhere. */
   __device__ __forceinline__ few(const task &task_, char *memory_) : p(task_), memory(memory_) {
-    const int32_t column = min((int32_t)blockIdx.x * L::columns + 4 * g, n - 4);
+    const int32_t column = min(((int32_t)blockIdx.x - p.first_tile) * L::columns + 4 * g, n - 4);
     const int32_t first = (int32_t)(blockIdx.y * S::warps + warp) * p.spans;
     left = steps = max(min(k / 32 - first, p.spans), 0);
     beside = min(n - 4 - column, 32);
@@ -72,8 +73,7 @@ struct few {
     for (int i = 0; i < S::depth; i++) load_words(i, slots + i * L::slot_bytes);
     const uint32_t per_group = (uint32_t)p.group_size / 32, group = (uint32_t)first / per_group;
     group_steps = (int32_t)(per_group - ((uint32_t)first - group * per_group));
-    scales_at = (const uint16_t *)p.scales + column + (int64_t)group * n;
-    zeros_at = (const uint16_t *)p.zeros + (((int64_t)group * n + column) >> (p.asym ? 2 : 0));
+    grid_at = group * (uint32_t)n + (uint32_t)column;
 #pragma unroll
     for (int b = 0; b < tiles; b++) {
       x_rows[b] = (const uint16_t *)p.x + first * 32 + 8 * t + (int64_t)(g + 8 * b) * k;
@@ -101,18 +101,18 @@ struct few {
     steps -= group_steps;
 #pragma unroll
     for (int c = 0; c < chunks; c++) {
-      scales[c] = __ldg((const uint2 *)(scales_at + c * beside));
-      if (p.asym)
-        zeros[c].x = __ldg(zeros_at + c * (beside >> 2));
+      const uint32_t at = grid_at + (uint32_t)(c * beside);
+      scales[c] = __ldg((const uint2 *)((const uint16_t *)p.scales + at));
+      if (p.asym) /* 4 bits each */
+        zeros[c].x = __ldg((const uint16_t *)p.zeros + at / 4);
       else
-        zeros[c] = __ldg((const uint2 *)(zeros_at + c * beside));
+        zeros[c] = __ldg((const uint2 *)((const uint16_t *)p.zeros + at));
 #pragma unroll
       for (int i = 0; i < 8 * tiles; i++) part[c][i / 4 / tiles][i / 4 % tiles][i % 4] = 0.0f;
     }
 #pragma unroll
     for (int i = 0; i < 4; i++) x_sums[i] = 0.0f;
-    scales_at += n;
-    zeros_at += n >> (p.asym ? 2 : 0);
+    grid_at += (uint32_t)n;
   }
   __device__ __forceinline__ void end_group() {
     float x_sum[tiles][2]; /* of rows 2 t and 2 t + 1 */

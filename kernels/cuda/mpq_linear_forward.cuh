@@ -17,6 +17,7 @@ struct forward {
   using S = S_;
   using T = typename S::T;
   using L = layout<S, 32, 32>;
+  static constexpr bool takes_groups = false;
   static constexpr int chunks = S::chunks, tiles = S::tiles;
 
   const task &p;

@@ -22,6 +22,7 @@ struct transposed_ {
   using S = S_;
   using T = typename S::T;
   using L = layout<S, 64, 16>;
+  static constexpr bool takes_groups = false;
   static constexpr int chunks = S::chunks, tiles = S::tiles;
 
   const task &p;
