@@ -147,6 +147,7 @@ static __global__ void __launch_bounds__(THREADS)
   const int32_t kv_head = (int32_t)blockIdx.x, query = (int32_t)blockIdx.y;
   const int32_t split = (int32_t)blockIdx.z, splits = (int32_t)gridDim.z;
   const int32_t group = shape.heads / shape.kv_heads, warp = (int32_t)threadIdx.x / 32;
+  qm_take_turn();
   if (kv_head + query + split == 0) qm_attention_check(shape, late);
   const qm_attention_span span =
       qm_attention_span_of(shape, qm_attention_sequence(shape.cu_q, shape.sequences, query));
@@ -230,9 +231,9 @@ static int32_t launch(qm_cuda *cuda, const qm_attention_args *args) {
       "attention");
   if (status != QM_OK) return status;
   const dim3 grid((unsigned)args->kv_heads, (unsigned)args->rows_q, (unsigned)splits);
-  attend_few<T, D><<<grid, THREADS, (size_t)shared_bytes, cuda->compute>>>(
-      shape, (const T *)args->q.data, (const T *)args->k.data, (const T *)args->v.data,
-      (T *)args->out.data, (float *)args->lse.data, partial, cuda->late_device);
+  qm_launch_early(cuda, attend_few<T, D>, grid, dim3(THREADS), (int32_t)shared_bytes, shape,
+                  (const T *)args->q.data, (const T *)args->k.data, (const T *)args->v.data,
+                  (T *)args->out.data, (float *)args->lse.data, partial, cuda->late_device);
   return qm_cuda_launched(cuda, "attention");
 }
 

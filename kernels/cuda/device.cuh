@@ -5,6 +5,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <type_traits>
+
 #include "cuda.h"
 
 /* ---- element types ---- */
@@ -79,14 +81,14 @@ static inline unsigned qm_blocks(const qm_cuda *cuda, int64_t items, int32_t per
 
 template <typename... Parameters>
 static inline void qm_launch_early(const qm_cuda *cuda, void (*kernel)(Parameters...), dim3 grid,
-                                   int32_t threads, int32_t shared_bytes,
-                                   const Parameters &...parameters) {
+                                   dim3 block, int32_t shared_bytes,
+                                   const std::type_identity_t<Parameters> &...parameters) {
   cudaLaunchAttribute early = {};
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
-  config.blockDim = dim3((unsigned)threads);
+  config.blockDim = block;
   config.dynamicSmemBytes = (size_t)shared_bytes;
   config.stream = cuda->compute;
   config.attrs = &early;
@@ -102,6 +104,11 @@ __device__ __forceinline__ void qm_await_previous() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
+}
+/* Both, for kernels that have nothing to do before: what is gained is the time of a launch. */
+__device__ __forceinline__ void qm_take_turn() {
+  qm_let_next_begin();
+  qm_await_previous();
 }
 
 /* ---- reductions of fixed order ---- */

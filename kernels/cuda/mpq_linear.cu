@@ -88,9 +88,9 @@ static int32_t launch(qm_cuda *cuda, task_group group) {
   }
   const dim3 grid((unsigned)tiles, (unsigned)splits);
   if (group.count == 1)
-    qm_launch_early(cuda, multiply<Product>, grid, S::threads, L::bytes, group.part[0]);
+    qm_launch_early(cuda, multiply<Product>, grid, dim3(S::threads), L::bytes, group.part[0]);
   else if constexpr (Product::takes_groups)
-    qm_launch_early(cuda, multiply_group<Product>, grid, S::threads, L::bytes, group);
+    qm_launch_early(cuda, multiply_group<Product>, grid, dim3(S::threads), L::bytes, group);
   return qm_cuda_launched(cuda, "mpq_linear");
 }
 

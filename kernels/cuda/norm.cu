@@ -55,6 +55,7 @@ static __global__ void __launch_bounds__(NARROW ? QM_NORM_THREADS : QM_NORM_THRE
     norm(qm_cuda_norm args, int packs) {
   constexpr bool AHEAD = NARROW || PACKS <= 2;
   __shared__ float partial[2][2][32];
+  qm_take_turn();
   const int first = threadIdx.x, step = blockDim.x;
   const int64_t rows_step = (int64_t)gridDim.x * blockDim.y;
   float weight[PACKS][WIDTH], bias[PACKS][WIDTH];
@@ -152,7 +153,7 @@ static void launch_shape(qm_cuda *cuda, const qm_cuda_norm *args, const qm_norm_
   const auto kernel = norm<CENTER, T, 16 / sizeof(T), PACKS, NARROW>;
   const unsigned blocks = qm_norm_blocks(cuda, kernel, args->rows, shape);
   const dim3 block((unsigned)shape.threads, (unsigned)shape.rows);
-  kernel<<<blocks, block, 0, cuda->compute>>>(*args, shape.packs);
+  qm_launch_early(cuda, kernel, dim3(blocks), block, 0, *args, shape.packs);
 }
 
 template <bool CENTER, typename T>

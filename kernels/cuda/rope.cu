@@ -57,6 +57,7 @@ static __global__ void rope_append(qm_rope_append_args args, qm_cuda_late *late)
   const int64_t packs = args.head_size / 2 / WIDTH, all = args.heads + 2 * args.kv_heads;
   const int64_t head = (int64_t)blockIdx.y * blockDim.y + threadIdx.y;
   const int64_t step = (int64_t)gridDim.x * blockDim.z;
+  qm_take_turn();
   if (head >= all) return;
   for (int64_t r = (int64_t)blockIdx.x * blockDim.z + threadIdx.z; r < args.rows; r += step) {
     const int32_t position = ((const int32_t *)args.positions.data)[r];
@@ -138,7 +139,7 @@ int32_t qm_cuda_rope_append(void *context, const qm_rope_append_args *args) {
       const dim3 block = block_of(args->head_size / 2 / width.value, all);
       const dim3 grid(qm_blocks(cuda, args->rows, (int32_t)block.z),
                       (unsigned)qm_ceil_div(all, block.y));
-      rope_append<T, width.value><<<grid, block, 0, cuda->compute>>>(*args, cuda->late_device);
+      qm_launch_early(cuda, rope_append<T, width.value>, grid, block, 0, *args, cuda->late_device);
     });
     return qm_cuda_launched(cuda, "rope_append");
   });

@@ -9,6 +9,7 @@ static __global__ void swiglu(const T *gate, const T *up, T *out, int64_t count)
   using pack = qm_pack<T, WIDTH>;
   const int64_t stride = (int64_t)gridDim.x * THREADS, packs = count / WIDTH;
   const int64_t first = (int64_t)blockIdx.x * THREADS + threadIdx.x;
+  qm_take_turn();
   for (int64_t i = first; i < packs; i += stride) {
     const pack gates = ((const pack *)gate)[i], ups = ((const pack *)up)[i];
     pack outs;
@@ -65,8 +66,9 @@ int32_t qm_cuda_swiglu(void *context, const qm_swiglu_args *args) {
     using T = decltype(element);
     constexpr int WIDTH = 16 / sizeof(T);
     const unsigned blocks = qm_blocks(cuda, count, THREADS * (aligned ? WIDTH : 1));
-    (aligned ? swiglu<T, WIDTH> : swiglu<T, 1>)<<<blocks, THREADS, 0, cuda->compute>>>(
-        (const T *)args->gate.data, (const T *)args->up.data, (T *)args->out.data, count);
+    qm_launch_early(cuda, aligned ? swiglu<T, WIDTH> : swiglu<T, 1>, dim3(blocks), dim3(THREADS), 0,
+                    (const T *)args->gate.data, (const T *)args->up.data, (T *)args->out.data,
+                    count);
     return qm_cuda_launched(cuda, "swiglu");
   });
 }
