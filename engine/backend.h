@@ -90,12 +90,11 @@ typedef struct qm_softmax_args {
 } qm_softmax_args;
 
 /* out = alpha op(a) op(b) + bias + beta out, or what an epilogue makes of that: see qm_linear.
-** bias, aux and sums may be absent, and are where there is a batch. */
+** bias and aux may be absent, and are where there is a batch. */
 typedef struct qm_gemm_args {
   qm_array a, b, out;
   qm_array bias; /* float [n], added to every row */
   qm_array aux;  /* the epilogue's, out's type and shape */
-  qm_array sums; /* float [n], written: the sums of op(b)'s columns */
   int64_t batch, m, k, n;
   int32_t trans_a, trans_b, epilogue;
   double alpha, beta;

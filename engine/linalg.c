@@ -22,7 +22,7 @@ int32_t qm_gemm(const qm_tensor *a, const qm_tensor *b, const qm_tensor *out, in
   args.trans_b = trans_b != 0;
   args.alpha = alpha;
   args.beta = beta;
-  args.bias = args.aux = args.sums = (qm_array){0};
+  args.bias = args.aux = (qm_array){0};
   args.epilogue = QM_EPILOGUE_NONE;
   return QM__DISPATCH(call, gemm, &args);
 }
@@ -45,20 +45,6 @@ int32_t qm_linear(const qm_tensor *x, const qm_tensor *weight, const qm_tensor *
                 epilogue == QM_EPILOGUE_GELU ? QM__WRITE : QM__READ, &args.aux);
   args.m = qm__size(&call, "M");
   args.k = qm__size(&call, "K");
-  args.n = qm__size(&call, "N");
-  return QM__DISPATCH(call, gemm, &args);
-}
-
-int32_t qm_linear_gradients(const qm_tensor *x, const qm_tensor *dout, const qm_tensor *dweight,
-                            const qm_tensor *dbias, double beta) {
-  qm__call call = qm__begin("qm_linear_gradients");
-  qm_gemm_args args = {.batch = 1, .alpha = 1.0, .beta = beta, .trans_a = 1};
-  qm__operand(&call, "x", x, "float [M, K]", QM__READ, &args.a);
-  qm__operand(&call, "dout", dout, "=x [M, N]", QM__READ, &args.b);
-  qm__operand(&call, "dweight", dweight, "float [K, N]", QM__WRITE, &args.out);
-  qm__operand(&call, "dbias", dbias, "float [N]", QM__WRITE, &args.sums);
-  args.m = qm__size(&call, "K");
-  args.k = qm__size(&call, "M");
   args.n = qm__size(&call, "N");
   return QM__DISPATCH(call, gemm, &args);
 }

@@ -249,11 +249,6 @@ enum { QM_EPILOGUE_NONE = 0, QM_EPILOGUE_GELU = 1, QM_EPILOGUE_GELU_GRAD = 2,
 int32_t qm_linear(const qm_tensor *x, const qm_tensor *weight, const qm_tensor *bias,
                   const qm_tensor *out, int32_t transposed, int32_t epilogue,
                   const qm_tensor *aux);
-/* The gradients of such a product to its weight and its bias: dweight = x^T dout + beta dweight,
-** dbias = the sum of dout's rows, overwritten. x [M, K], dout [M, N] of one float type; dweight
-** float [K, N], dbias float [N]. */
-int32_t qm_linear_gradients(const qm_tensor *x, const qm_tensor *dout, const qm_tensor *dweight,
-                            const qm_tensor *dbias, double beta);
 /* Thin singular value decomposition a = u diag(s) vt, s descending; f32.
 ** a [M, N], u [M, R], s [R], vt [R, N], R = min(M, N). Signs are arbitrary. */
 int32_t qm_svd(const qm_tensor *a, const qm_tensor *u, const qm_tensor *s, const qm_tensor *vt);

@@ -45,7 +45,7 @@ qm__work qm__work_of(const qm__call *call, int32_t kernel, const void *args) {
     case QM__KERNEL_gemm: {
       const qm_gemm_args *gemm = args;
       work.flops = 2.0 * (double)gemm->batch * (double)gemm->m * (double)gemm->k * (double)gemm->n;
-      if (gemm->beta != 0.0) work.bytes += array_bytes(&gemm->out);
+      if (gemm->beta != 0.0) work.bytes += written;
       break;
     }
     case QM__KERNEL_mpq_linear: {

@@ -1,4 +1,4 @@
--- What products take along: GELU and its gradient, the sums of rows that are a bias's gradient.
+-- What products take along: GELU and its gradient.
 local ffi = require("ffi")
 local qm = require("quartermoon")
 local binding = require("quartermoon.ffi")
@@ -9,7 +9,7 @@ local lib, C = binding.lib, ffi.C
 local SIZES = { { 1, 1, 1 }, { 3, 5, 7 }, { 33, 17, 12 }, { 5, 0, 8 }, { 0, 4, 8 }, { 16, 24, 8 }, { 65, 72, 40 } }
 
 local function randn(shape, dtype, std) return qm.randn(shape, { device = "reference" }, 0, std or 1):to(dtype) end
-local function like(x, shape, dtype) return qm.empty(shape, { dtype = dtype or x.dtype, device = x.device }) end
+local function like(x, shape) return qm.empty(shape, { dtype = x.dtype, device = x.device }) end
 
 ---gelu(x w + bias) and its argument.
 local function gelu(x, w, bias)
@@ -23,14 +23,6 @@ local function gelu_grad(dout, w, aux)
   local out = like(dout, aux.shape)
   binding.check(lib.qm_linear(dout.desc, w.desc, nil, out.desc, 1, C.QM_EPILOGUE_GELU_GRAD, aux.desc), "gelu_grad")
   return out
-end
-
----x^T dout + beta dw, and the sums of dout's rows.
-local function gradients(x, dout, dw, sums_dtype, beta)
-  dw = dw:clone()
-  local sums = like(dout, { dout.shape[2] }, sums_dtype)
-  binding.check(lib.qm_linear_gradients(x.desc, dout.desc, dw.desc, sums.desc, beta), "gradients")
-  return dw, sums
 end
 
 describe("qm_linear with an epilogue", function()
@@ -97,66 +89,5 @@ describe("qm_linear with an epilogue", function()
     assert.error_matches(linear(1, qm.ones({ 2, 4 }, { dtype = "bf16" })),
       "argument 'aux': expected f32 [M=2, N=4], got bf16 [2, 4]", 1, true)
     assert.error_matches(linear(1, out), "overlaps", 1, true)
-  end)
-end)
-
-describe("qm_linear_gradients", function()
-  it("is x^T dout and the sums of dout's rows, by hand", function()
-    local x, dout = qm.tensor({ { 1, 2 }, { 3, 4 } }), qm.tensor({ { 1, 0, 2 }, { 5, -1, 0 } })
-    local dw, sums = gradients(x, dout, qm.ones({ 2, 3 }), "f32", 0)
-    assert.same({ { 16, -3, 2 }, { 22, -4, 4 } }, dw:totable())
-    assert.same({ 6, -1, 2 }, sums:totable())
-    dw, sums = gradients(x, dout, qm.ones({ 2, 3 }), "f32", 2)
-    assert.same({ { 18, -1, 4 }, { 24, -2, 6 } }, dw:totable())
-    assert.same({ 6, -1, 2 }, sums:totable()) -- beta is not theirs
-  end)
-
-  -- Sums of f32 in another order; 16-bit results are rounded once.
-  for _, types in ipairs({ { "f32", "f32", "f32" }, { "bf16", "f32", "f32" }, { "f16", "f32", "f32" },
-    { "bf16", "bf16", "f32" }, { "bf16", "bf16", "bf16" }, { "f16", "f16", "f16" }, { "bf16", "f32", "bf16" },
-    { "f16", "bf16", "f32" } }) do
-    it(("equals the reference: %s into %s, sums %s"):format(unpack(types)), function()
-      for _, size in ipairs(SIZES) do
-        local rows, inputs, outputs = unpack(size)
-        local x, dout = randn({ rows, inputs }, types[1]), randn({ rows, outputs }, types[1])
-        local dw = randn({ inputs, outputs }, types[2])
-        for _, beta in ipairs({ 0, 1 }) do
-          for _, move in ipairs({ false, testing.shifted }) do
-            local expected, actual = testing.both({ x, dout, dw }, function(a, b, c)
-              return gradients(a, b, c, types[3], beta)
-            end, move)
-            testing.assert_close(expected[1], actual[1], types[2] == "f32" and 1e-5 or 2 ^ -7, "dweight")
-            testing.assert_close(expected[2], actual[2], types[3] == "f32" and 1e-5 or 2 ^ -8, "dbias")
-          end
-        end
-      end
-    end)
-  end
-
-  it("gives the same bits when it runs again, in a graph too", function()
-    local device = assert(qm.device(testing.device))
-    local x, dout = randn({ 64, 24 }, "bf16"):to(device), randn({ 64, 40 }, "bf16"):to(device)
-    local zeros = qm.zeros({ 24, 40 }, { device = device })
-    local dw, sums = gradients(x, dout, zeros, "f32", 1)
-    local graph = qm.graph(function(a, b) return gradients(a, b, zeros, "f32", 1) end, { device = device })
-    for call = 1, 4 do
-      local again, sums_again = graph(x, dout)
-      testing.assert_equal(dw, again, "call " .. call)
-      testing.assert_equal(sums, sums_again, "call " .. call)
-    end
-    graph:free()
-  end)
-
-  it("refuses what does not fit", function()
-    local x, dout, dw = qm.ones({ 2, 3 }), qm.ones({ 2, 4 }), qm.ones({ 3, 4 })
-    assert.error_matches(function()
-      binding.check(lib.qm_linear_gradients(x.desc, dout.desc, dw.desc, qm.ones({ 3 }).desc, 0), "g")
-    end, "argument 'dbias': expected float [N=4], got f32 [3]", 1, true)
-    assert.error_matches(function()
-      binding.check(lib.qm_linear_gradients(x.desc, dout.desc, dw.desc, nil, 0), "g")
-    end, "argument 'dbias': expected float [N=4], got nothing", 1, true)
-    assert.error_matches(function()
-      binding.check(lib.qm_linear_gradients(x.desc, qm.ones({ 3, 4 }).desc, dw.desc, qm.ones({ 4 }).desc, 0), "g")
-    end, "argument 'dout': expected f32 [M=2, N], got f32 [3, 4]", 1, true)
   end)
 end)

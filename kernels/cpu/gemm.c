@@ -211,7 +211,7 @@ static int32_t multiply_and_add(qm_cpu_context *context, const qm_gemm_args *arg
 
 int32_t qm_cpu_gemm(void *opaque, const qm_gemm_args *args) {
   qm_cpu_context *context = opaque;
-  if (qm_gemm_is_joined(args)) return qm_gemm_apart(context->kernels, context, args);
+  if (args->epilogue != QM_EPILOGUE_NONE) return qm_gemm_apart(context->kernels, context, args);
   if (args->out.count == 0 || args->k == 0) return qm_reference_gemm(NULL, args);
   if (args->bias.data != NULL) return multiply_and_add(context, args);
   pthread_mutex_lock(&context->gemm->lock);

@@ -20,7 +20,7 @@ typedef struct qm_gemm_key {
   int32_t type, out_type, trans_a, trans_b;
   int32_t epilogue; /* a cublasLtEpilogue_t */
   int32_t alignment_a, alignment_b, alignment_out;
-  int32_t alignment_vector, alignment_aux; /* 0: there is none */
+  int32_t alignment_bias, alignment_aux; /* 0: there is none */
 } qm_gemm_key;
 static_assert(sizeof(qm_gemm_key) == 4 * 8 + 10 * 4, "keys have no padding");
 
@@ -40,18 +40,11 @@ typedef struct qm_gemm_plan {
 typedef struct qm_gemm_operands {
   const void *a, *b, *c;
   void *out;
-  void *vector; /* the bias that is read, or the sums that are written; or NULL */
-  void *aux;    /* GELU's argument, written or, for its gradient, read; or NULL */
+  const void *bias; /* or NULL */
+  void *aux;        /* GELU's argument, written or, for its gradient, read; or NULL */
   float alpha, beta;
 } qm_gemm_operands;
 
-/* What an epilogue writes beside the product. */
-static inline bool qm_gemm_writes_vector(int32_t epilogue) {
-  return epilogue == CUBLASLT_EPILOGUE_BGRADA;
-}
-static inline bool qm_gemm_writes_aux(int32_t epilogue) {
-  return epilogue == CUBLASLT_EPILOGUE_GELU_AUX || epilogue == CUBLASLT_EPILOGUE_GELU_AUX_BIAS;
-}
 /* Can other kernels do after the product what it does? Then cuBLASLt may refuse. */
 static inline bool qm_gemm_can_part(int32_t epilogue) {
   return epilogue != CUBLASLT_EPILOGUE_DEFAULT && epilogue != CUBLASLT_EPILOGUE_BIAS;

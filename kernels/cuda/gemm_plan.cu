@@ -101,9 +101,9 @@ static cublasStatus_t describe(qm_gemm_plan *p, const qm_gemm_key *key) {
   if (code == CUBLAS_STATUS_SUCCESS)
     code = qm_gemm_set(p->product, CUBLASLT_MATMUL_DESC_EPILOGUE, key->epilogue);
   /* The choice of algorithms goes by addresses' alignment and does not follow them. */
-  if (code == CUBLAS_STATUS_SUCCESS && key->alignment_vector != 0)
+  if (code == CUBLAS_STATUS_SUCCESS && key->alignment_bias != 0)
     code = qm_gemm_set(p->product, CUBLASLT_MATMUL_DESC_BIAS_POINTER,
-                       (void *)(intptr_t)key->alignment_vector);
+                       (void *)(intptr_t)key->alignment_bias);
   if (code != CUBLAS_STATUS_SUCCESS || key->alignment_aux == 0) return code;
   code = qm_gemm_set(p->product, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER,
                      (void *)(intptr_t)key->alignment_aux);
@@ -171,8 +171,7 @@ int32_t qm_cuda_gemm_find(qm_cuda_blas *blas, const qm_gemm_key *key, qm_gemm_pl
 cublasStatus_t qm_cuda_gemm_run(qm_cuda *cuda, const qm_gemm_plan *p, int index,
                                 const qm_gemm_operands *x) {
   cublasStatus_t code = CUBLAS_STATUS_SUCCESS;
-  if (x->vector != NULL)
-    code = qm_gemm_set(p->product, CUBLASLT_MATMUL_DESC_BIAS_POINTER, x->vector);
+  if (x->bias != NULL) code = qm_gemm_set(p->product, CUBLASLT_MATMUL_DESC_BIAS_POINTER, x->bias);
   if (code == CUBLAS_STATUS_SUCCESS && x->aux != NULL)
     code = qm_gemm_set(p->product, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, x->aux);
   if (code != CUBLAS_STATUS_SUCCESS) return code;

@@ -33,51 +33,33 @@ static __global__ void compare(const uint16_t *x, const uint16_t *y, int64_t cou
   if (nonzero) found->nonzero = 1;
 }
 
-/* One of the things that a product writes, as the first algorithm has it and as another one. */
-typedef struct part {
-  char *first, *other;
-  int64_t size_bytes; /* 0: not written */
-} part;
-enum { OUT, AUX, VECTOR, PARTS };
-
 /* Memory and events of one tuning. */
 typedef struct bench {
   char *memory;
-  part parts[PARTS];
-  qm_gemm_operands first, other; /* the product, with these results */
+  int64_t size_bytes;            /* of each result: out and, where it is written, aux */
+  qm_gemm_operands first, other; /* the product, with results of its own */
+  bool writes_aux;
   comparison *found;
   cudaEvent_t start, stop;
 } bench;
 
 static bool open_bench(bench *b, const qm_gemm_key *key, const qm_gemm_operands *operands) {
-  const int64_t size = key->out_type == QM_F32 ? 4 : 2, elements = key->batch * key->m * key->n;
-  b->parts[OUT].size_bytes = elements * size;
-  b->parts[AUX].size_bytes = qm_gemm_writes_aux(key->epilogue) ? elements * size : 0;
-  b->parts[VECTOR].size_bytes = qm_gemm_writes_vector(key->epilogue) ? key->n * size : 0;
-  int64_t total = 0, places[PARTS];
-  for (int i = 0; i < PARTS; i++) {
-    places[i] = total;
-    total += qm_ceil_div(b->parts[i].size_bytes, 256) * 256;
-  }
-  if (cudaMalloc((void **)&b->memory, (size_t)(2 * total) + 256) != cudaSuccess ||
+  b->writes_aux = key->epilogue == CUBLASLT_EPILOGUE_GELU_AUX ||
+                  key->epilogue == CUBLASLT_EPILOGUE_GELU_AUX_BIAS;
+  b->size_bytes = key->batch * key->m * key->n * (key->out_type == QM_F32 ? 4 : 2);
+  const int64_t padded = qm_ceil_div(b->size_bytes, 256) * 256;
+  const int64_t total = padded * (b->writes_aux ? 4 : 2);
+  if (cudaMalloc((void **)&b->memory, (size_t)total + 256) != cudaSuccess ||
       cudaEventCreate(&b->start) != cudaSuccess || cudaEventCreate(&b->stop) != cudaSuccess)
     return false;
-  for (int i = 0; i < PARTS; i++) {
-    b->parts[i].first = b->memory + places[i];
-    b->parts[i].other = b->memory + total + places[i];
-  }
-  b->found = (comparison *)(b->memory + 2 * total);
   b->first = b->other = *operands;
-  b->first.out = b->parts[OUT].first;
-  b->other.out = b->parts[OUT].other;
-  if (b->parts[AUX].size_bytes > 0) {
-    b->first.aux = b->parts[AUX].first;
-    b->other.aux = b->parts[AUX].other;
+  b->first.out = b->memory;
+  b->other.out = b->memory + padded;
+  if (b->writes_aux) {
+    b->first.aux = b->memory + 2 * padded;
+    b->other.aux = b->memory + 3 * padded;
   }
-  if (b->parts[VECTOR].size_bytes > 0) {
-    b->first.vector = b->parts[VECTOR].first;
-    b->other.vector = b->parts[VECTOR].other;
-  }
+  b->found = (comparison *)(b->memory + total);
   return true;
 }
 
@@ -88,13 +70,13 @@ static void close_bench(bench *b) {
   cudaGetLastError(); /* what went wrong here costs speed only */
 }
 
-/* Has the part the first one's bits, which are not all 0? */
-static bool is_same(qm_cuda *cuda, const bench *b, const part *x) {
+/* Have the two results the same bits, which are not all 0? */
+static bool is_same(qm_cuda *cuda, const bench *b, const void *x, const void *y) {
   comparison seen = {1, 0};
-  const int64_t count = x->size_bytes / 2;
+  const int64_t count = b->size_bytes / 2;
   if (cudaMemsetAsync(b->found, 0, sizeof *b->found, cuda->compute) != cudaSuccess) return false;
   compare<<<qm_blocks(cuda, count, THREADS), THREADS, 0, cuda->compute>>>(
-      (const uint16_t *)x->first, (const uint16_t *)x->other, count, b->found);
+      (const uint16_t *)x, (const uint16_t *)y, count, b->found);
   cudaMemcpyAsync(&seen, b->found, sizeof seen, cudaMemcpyDeviceToHost, cuda->compute);
   return cudaStreamSynchronize(cuda->compute) == cudaSuccess && !seen.differs && seen.nonzero;
 }
@@ -102,9 +84,8 @@ static bool is_same(qm_cuda *cuda, const bench *b, const part *x) {
 /* Does algorithm `index` run, and give what the first one does? */
 static bool agrees(qm_cuda *cuda, const qm_gemm_plan *p, int index, const bench *b) {
   if (qm_cuda_gemm_run(cuda, p, index, &b->other) != CUBLAS_STATUS_SUCCESS) return false;
-  for (const part &x : b->parts)
-    if (x.size_bytes > 0 && !is_same(cuda, b, &x)) return false;
-  return true;
+  if (!is_same(cuda, b, b->first.out, b->other.out)) return false;
+  return !b->writes_aux || is_same(cuda, b, b->first.aux, b->other.aux);
 }
 
 static float time_once(qm_cuda *cuda, const qm_gemm_plan *p, int index, const bench *b) {

@@ -1,5 +1,4 @@
-/* gemm.c - out = alpha op(a) op(b) + bias + beta out, three loops, with its epilogue; beside it the
-** sums of op(b)'s columns. */
+/* gemm.c - out = alpha op(a) op(b) + bias + beta out, three loops, with its epilogue. */
 #include "reference.h"
 
 static float finish(const qm_gemm_args *args, int64_t at, float result) {
@@ -34,12 +33,6 @@ int32_t qm_reference_gemm(void *context, const qm_gemm_args *args) {
     if (args->beta != 0.0)
       result += (float)args->beta * qm_load(args->out.data, args->out.dtype, at);
     qm_store(args->out.data, args->out.dtype, at, finish(args, at, result));
-  }
-  for (int64_t j = 0; j < args->sums.count; j++) {
-    double sum = 0.0;
-    for (int64_t l = 0; l < k; l++)
-      sum += (double)qm_load(args->b.data, args->b.dtype, l * b_row + j * b_column);
-    qm_store(args->sums.data, args->sums.dtype, j, (float)sum);
   }
   return QM_OK;
 }

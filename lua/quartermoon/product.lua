@@ -28,24 +28,15 @@ function M.linear(name, x, weight, bias, out, transposed, epilogue, aux)
   return out
 end
 
----Where the gradient of `input` gathers, and what to multiply it by before a product adds to it: what has
----gathered so far where that may change in place, a leaf's own buffer always, else a new tensor, which is
----also returned on its own, for the caller to hand on.
-local function target_of(input)
-  local sum, beta = autograd.gathered(input), 1
-  if not input.node then sum, beta = autograd.leaf_grad(input) end
-  if sum then return sum, beta, nil end
-  sum = input:empty_like()
-  return sum, 0, sum
-end
-
----The gradient op(a) op(b) of `input`: added to what has gathered of it where that is possible, and then
----nothing is left to return; else a new tensor of its type.
+---The gradient op(a) op(b) of `input`: added to what has gathered of it where that is possible (into a
+---leaf's own buffer always), and then nothing is left to return; else a new tensor of its type.
 function M.gradient(name, input, a, b, trans_a, trans_b)
   if not needs_grad(input) then return nil end
-  local sum, beta, fresh = target_of(input)
+  local sum, beta = autograd.gathered(input), 1
+  if not input.node then sum, beta = autograd.leaf_grad(input) end
+  if not sum then return M.gemm(name, a, b, input:empty_like(), trans_a, trans_b) end
   M.gemm(name, a, b, sum, trans_a, trans_b, beta)
-  return fresh
+  return nil
 end
 
 ---Raise unless bias is nil or has one number for each of the columns.
@@ -65,41 +56,15 @@ function M.add_bias(name, bias, out)
   return out
 end
 
----A bias's gradient, f32, as autograd wants it: f32 for a leaf, else of the bias's type.
-local function bias_gradient(bias, dbias)
-  if not bias.node or bias.dtype == "f32" then return dbias end
-  local cast = dbias:to(bias.dtype)
-  dbias:free()
-  return cast
-end
-
----x^T dout into `dweight`, beta times which is added, and the gradient of the bias (or nil): the sum of dout's
----rows, which the product takes along.
----@return qm.Tensor|nil dbias
-function M.gather_linear(name, x, dout, dweight, beta, bias)
-  if not needs_grad(bias) then
-    M.gemm(name, x, dout, dweight, true, false, beta)
-    return nil
-  end
-  local dbias = bias:empty_like("f32")
-  binding.check(lib.qm_linear_gradients(x.desc, dout.desc, dweight.desc, dbias.desc, beta), name)
-  return bias_gradient(bias, dbias)
-end
-
----The gradients of x weight + bias to the weight, as M.gradient, and to the bias.
----@return qm.Tensor|nil dweight, qm.Tensor|nil dbias
-function M.linear_gradients(name, weight, bias, x, dout)
-  if not needs_grad(weight) then return nil, M.bias_gradient(name, bias, dout) end
-  local sum, beta, fresh = target_of(weight)
-  return fresh, M.gather_linear(name, x, dout, sum, beta, bias)
-end
-
----The gradient of a bias alone: the sum of dout's rows.
+---The gradient of a bias: the sum of dout's rows, f32 for a leaf.
 function M.bias_gradient(name, bias, dout)
   if not needs_grad(bias) then return nil end
   local dbias = bias:empty_like("f32")
   binding.check(lib.qm_reduce(C.QM_SUM, dout.desc, dbias.desc, 0), name)
-  return bias_gradient(bias, dbias)
+  if not bias.node or bias.dtype == "f32" then return dbias end
+  local cast = dbias:to(bias.dtype)
+  dbias:free()
+  return cast
 end
 
 return M

@@ -44,12 +44,12 @@ local function product(what, operations, sets, call)
   report(what, operations, qm.ceilings.time(device, function(i) call(sets[i % #sets + 1]) end, calls))
 end
 
----What a product takes along, against a kernel of its own behind it.
+---GELU and its gradient, which a product takes along, against a kernel of its own behind it.
 local function joined(operations, sets, bias)
   local lib, C = binding.lib, require("ffi").C
   local function run(status) binding.check(status, "joined") end
   for _, s in ipairs(sets) do
-    s.aux_x, s.aux_y, s.db = qm.randn(s.x.shape, { dtype = s.x.dtype }), s.y:empty_like(), qm.zeros({ s.y.shape[2] })
+    s.aux_x, s.aux_y = qm.randn(s.x.shape, { dtype = s.x.dtype }), s.y:empty_like()
   end
   product("y = gelu(x w + bias)", operations, sets, function(s)
     run(lib.qm_linear(s.x.desc, s.w.desc, bias.desc, s.y.desc, 0, C.QM_EPILOGUE_GELU, s.aux_y.desc))
@@ -65,15 +65,6 @@ local function joined(operations, sets, bias)
     run(lib.qm_linear(s.y.desc, s.w.desc, nil, s.x.desc, 1, 0, nil))
     run(lib.qm_unary_backward(C.QM_GELU, s.x.desc, s.aux_x.desc, s.x.desc, 1, 0))
   end)
-  for beta = 0, 1 do
-    product(("dw, db; beta %d"):format(beta), operations, sets, function(s)
-      run(lib.qm_linear_gradients(s.x.desc, s.y.desc, s.dw.desc, s.db.desc, beta))
-    end)
-    product("  apart", operations, sets, function(s)
-      run(lib.qm_gemm(s.x.desc, s.y.desc, s.dw.desc, 1, 0, 1, beta))
-      run(lib.qm_reduce(C.QM_SUM, s.y.desc, s.db.desc, 0))
-    end)
-  end
 end
 
 local function layer(name, rows, channels, features, biased, dtype)

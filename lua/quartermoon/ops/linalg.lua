@@ -75,7 +75,7 @@ function M.linear(x, weight, bias)
     local dx = needs_grad(x) and cast.with(weight, x.dtype, function(w)
       return product_gradient(name, x, dout, w, false, true)
     end) or nil
-    return dx, product.linear_gradients(name, weight, bias, x, dout)
+    return dx, product_gradient(name, weight, x, dout, true, false), product.bias_gradient(name, bias, dout)
   end)
 end
 

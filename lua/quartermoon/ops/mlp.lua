@@ -65,12 +65,12 @@ function M.gelu_mlp(x, w1, b1, w2, b2, options)
       inner = aux:empty_like()
       if needs_grad(w2) then gelu_into(name, aux, inner) end
     end
-    local dw2, db2 = product.linear_gradients(name, w2, b2, inner, dout)
+    local dw2, db2 = product.gradient(name, w2, inner, dout, true, false), product.bias_gradient(name, b2, dout)
     local dx, dw1, db1
     if needs_grad(x) or needs_grad(w1) or needs_grad(b1) then
       local daux = inner -- nobody reads that any more
       cast.with(w2, x.dtype, function(w) product.linear(name, dout, w, nil, daux, true, "gelu_grad", aux) end)
-      dw1, db1 = product.linear_gradients(name, w1, b1, x, daux)
+      dw1, db1 = product.gradient(name, w1, x, daux, true, false), product.bias_gradient(name, b1, daux)
       dx = needs_grad(x) and cast.with(w1, x.dtype, function(w)
         return product.gradient(name, x, daux, w, false, true)
       end) or nil

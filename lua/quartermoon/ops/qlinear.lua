@@ -67,14 +67,11 @@ local function input_gradient(name, x, q, dout)
   return through
 end
 
----privileged_grad += x^T dout, in f32 or, where q.grad_dtype says so, in bf16; and the bias's gradient.
-local function gather_gradients(name, q, bias, x, dout)
-  if not q.requires_grad then return product.bias_gradient(name, bias, dout) end
+---privileged_grad += x^T dout, in f32 or, where q.grad_dtype says so, in bf16.
+local function gather_gradient(name, q, x, dout)
   local beta = q.privileged_grad and 1 or 0
   local sum = q.privileged_grad or tensors.empty(q.shape, { dtype = q.grad_dtype, device = x.device })
-  local dbias = product.gather_linear(name, x, dout, sum, beta, bias)
-  q.privileged_grad = sum:keep()
-  return dbias
+  q.privileged_grad = product.gemm(name, x, dout, sum, true, false, beta):keep()
 end
 
 local function check_operands(name, x, q, bias)
@@ -108,7 +105,8 @@ function M.qlinear(x, q, bias)
   local saved = input ~= x and { input } or {}
   return record("qlinear", { x, q, bias or false }, { out }, saved, function(dout)
     local dx = input_gradient(name, x, q, dout)
-    return dx, nil, gather_gradients(name, q, bias, input, dout)
+    if q.requires_grad then gather_gradient(name, q, input, dout) end
+    return dx, nil, product.bias_gradient(name, bias, dout)
   end)
 end
 

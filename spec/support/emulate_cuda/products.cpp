@@ -4,7 +4,7 @@
 ** What the real one refuses is refused. Its heuristic goes by alignments that it is told, also by
 ** those of the bias's and the auxiliary matrix's addresses: a product that breaks what was told is
 ** an error. Of four algorithms each is said to be faster than the one before; the second has the
-** first one's bits; the third sums A's rows in another order, the fourth all of them.
+** first one's bits; the third has another auxiliary matrix; the fourth sums in another order.
 ** $QM_EMULATED_EPILOGUES=0 knows of no epilogue but the bias.
 */
 #include <cublasLt.h>
@@ -147,13 +147,12 @@ static cublasStatus_t check(const emulated_products *handle, const emulated_prod
     return CUBLAS_STATUS_NOT_SUPPORTED;
   const cublasLtEpilogue_t e = p->epilogue;
   if (e == CUBLASLT_EPILOGUE_DEFAULT) return CUBLAS_STATUS_SUCCESS;
-  if (e != CUBLASLT_EPILOGUE_BIAS && !handle->joins) return CUBLAS_STATUS_NOT_SUPPORTED;
-  /* All vectors and auxiliary matrices are of D's type; by columns of D. */
-  if (has_aux(e) && (p->aux_ld < m || p->aux_ld % 8 != 0)) return CUBLAS_STATUS_INVALID_VALUE;
-  if (e != CUBLASLT_EPILOGUE_BIAS && d->batch != 1) return CUBLAS_STATUS_NOT_SUPPORTED;
-  if (has_aux(e) && (uintptr_t)p->aux % 16 != 0) return CUBLAS_STATUS_NOT_SUPPORTED;
-  if (!has_aux(e) && (uintptr_t)p->bias % 16 != 0) return CUBLAS_STATUS_NOT_SUPPORTED;
-  return CUBLAS_STATUS_SUCCESS;
+  /* Bias and auxiliary matrix are of D's type; the latter lies by columns of D. */
+  if (has_bias(e) && (uintptr_t)p->bias % 16 != 0) return CUBLAS_STATUS_NOT_SUPPORTED;
+  if (!has_aux(e)) return CUBLAS_STATUS_SUCCESS;
+  if (p->aux_ld < m || p->aux_ld % 8 != 0) return CUBLAS_STATUS_INVALID_VALUE;
+  const bool joins = handle->joins && d->batch == 1 && (uintptr_t)p->aux % 16 == 0;
+  return joins ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_NOT_SUPPORTED;
 }
 
 static uint32_t alignment(const void *x) {
@@ -227,7 +226,7 @@ static void finish(const call &x, int64_t row, int64_t column, int64_t batch, fl
   if (x.p.epilogue == CUBLASLT_EPILOGUE_DGELU) {
     sum *= gelu_slope(qm_load(x.p.aux, type, at_aux));
   } else if (has_aux(x.p.epilogue)) {
-    qm_store(x.p.aux, type, at_aux, sum);
+    qm_store(x.p.aux, type, at_aux, x.index == 2 ? -sum : sum);
     sum = gelu(sum); /* of the sum before it is rounded */
   }
   qm_store(x.data_d, type, at, sum);
@@ -239,22 +238,15 @@ static void multiply(const call &x, int64_t batch) {
   const std::vector<float> a = read(x.a, x.data_a, batch, x.p.operation_a != CUBLAS_OP_N);
   const std::vector<float> b = read(x.b, x.data_b, batch, x.p.operation_b != CUBLAS_OP_N);
   std::vector<float> sums((size_t)m);
-  for (int64_t column = -1; column < n; column++) {
-    /* Before the first column: what BGRADA writes, a product with ones. */
-    if (column < 0 && x.p.epilogue != CUBLASLT_EPILOGUE_BGRADA) continue;
-    const bool backwards = x.index == 3 || (x.index == 2 && column < 0);
+  for (int64_t column = 0; column < n; column++) {
     for (float &sum : sums) sum = 0.0f;
     for (int64_t step = 0; step < k; step++) {
-      const int64_t l = backwards ? k - 1 - step : step;
-      const float factor = column < 0 ? 1.0f : b[(size_t)(column * k + l)];
+      const int64_t l = x.index == 3 ? k - 1 - step : step;
+      const float factor = b[(size_t)(column * k + l)];
       for (int64_t row = 0; row < m; row++) sums[(size_t)row] += a[(size_t)(l * m + row)] * factor;
     }
-    for (int64_t row = 0; row < m; row++) {
-      if (column < 0)
-        qm_store(x.p.bias, dtype_of(x.d.type), row, sums[(size_t)row]);
-      else
-        finish(x, row, column, batch, x.alpha * sums[(size_t)row]);
-    }
+    for (int64_t row = 0; row < m; row++)
+      finish(x, row, column, batch, x.alpha * sums[(size_t)row]);
   }
 }
 
@@ -268,12 +260,11 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t p, c
   if (status != CUBLAS_STATUS_SUCCESS) return status;
   for (const void *given : {alpha, a, b, beta, c, (const void *)d, (const void *)algo})
     if (given == NULL) return CUBLAS_STATUS_INVALID_VALUE;
-  const bool has_vector = has_bias(p->epilogue) || p->epilogue == CUBLASLT_EPILOGUE_BGRADA;
-  if ((has_vector && p->bias == NULL) || (has_aux(p->epilogue) && p->aux == NULL))
+  if ((has_bias(p->epilogue) && p->bias == NULL) || (has_aux(p->epilogue) && p->aux == NULL))
     return CUBLAS_STATUS_INVALID_VALUE;
   algorithm one;
   memcpy(&one, algo, sizeof one);
-  const void *const pointers[] = {a, b, c, d, has_vector ? p->bias : NULL,
+  const void *const pointers[] = {a, b, c, d, has_bias(p->epilogue) ? p->bias : NULL,
                                   has_aux(p->epilogue) ? p->aux : NULL};
   for (int i = 0; i < 6; i++)
     if (alignment(pointers[i]) < one.alignment[i]) return CUBLAS_STATUS_INVALID_VALUE;
