@@ -68,8 +68,10 @@ __device__ __forceinline__ qm_words<WORDS> qm_repack(const float *v) {
 template <int N, typename T>
 __device__ __forceinline__ void qm_read(const T *x, bool whole, int64_t left, float (&v)[N],
                                         float missing = 0.0f) {
+  constexpr int WORDS = N * sizeof(T) >= 4 ? N * (int)sizeof(T) / 4 : 1;
   if (whole && N * sizeof(T) >= 4) {
-    qm_unpack<T>(*(const qm_words<N * sizeof(T) >= 4 ? N *(int)sizeof(T) / 4 : 1> *)x, v);
+    const qm_words<WORDS> words = *(const qm_words<WORDS> *)x; /* by reference: a load a word */
+    qm_unpack<T>(words, v);
   } else {
 #pragma unroll
     for (int i = 0; i < N; i++) v[i] = i < left ? qm_float(x[i]) : missing;
