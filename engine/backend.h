@@ -71,8 +71,10 @@ typedef struct qm_reduce_args {
   int32_t op;
 } qm_reduce_args;
 typedef struct qm_sum_squares_args {
-  qm_array x, out;
+  qm_array out;
+  int64_t count;
   int32_t accumulate;
+  qm_array x[]; /* [count] */
 } qm_sum_squares_args;
 /* stride_x: elements to step in x per dimension of out (left-padded to four). */
 typedef struct qm_permute_args {

@@ -39,7 +39,7 @@ int32_t qm__dispatch(qm__call *call, int32_t kernel, const void *args) {
   qm_device *device = call->device;
   const qm__work work = qm__work_of(call, kernel, args);
   if (device->recording != NULL) {
-    const int64_t args_bytes = kernels[kernel].args_bytes;
+    const int64_t args_bytes = kernels[kernel].args_bytes + call->list_bytes;
     const int32_t status = qm__graph_note(device->recording, kernel, args, args_bytes, work);
     if (status != QM_OK || device->backend->graph_begin == NULL) return status;
     return qm__run(device, kernel, args);

@@ -97,18 +97,25 @@ enum { QM__OPERANDS_MAX = 40, QM__SIZES_MAX = 48, QM__NAME_MAX = 16 };
 ** that is read, for kernels that read an element before they write it. */
 typedef enum qm__use { QM__READ, QM__WRITE, QM__IN_PLACE } qm__use;
 
+/* An operand's bytes. */
+typedef struct qm__extent {
+  const char *name;
+  const char *begin, *end;
+  qm__use use;
+} qm__extent;
+
 /* The state of one call's checks. The first failure wins and turns the rest into nothing, so a
 ** call reads as a list of operands followed by one dispatch. */
 typedef struct qm__call {
   const char *function;
   qm_device *device; /* the first operand's */
   int32_t status;
-  int32_t operand_count, size_count;
-  struct {
-    const char *name;
-    const char *begin, *end;
-    qm__use use;
-  } operands[QM__OPERANDS_MAX];
+  int32_t size_count;
+  int64_t operand_count;
+  qm__extent operands[QM__OPERANDS_MAX];
+  qm__extent *more;   /* those behind them, where there is a list */
+  int64_t more_max;   /* room there */
+  int64_t list_bytes; /* of the list at the end of the kernel's arguments */
   struct {
     char name[QM__NAME_MAX];
     int64_t value;
@@ -125,6 +132,16 @@ void qm__operand(qm__call *call, const char *name, const qm_tensor *x, const cha
 /* The same, but NULL is allowed and gives an out->data of NULL. */
 void qm__optional(qm__call *call, const char *name, const qm_tensor *x, const char *spec,
                   qm__use use, qm_array *out);
+/* Arguments of a kernel that takes a list, which is their last field: args_bytes without it. They
+** are zeroed, to be given to free() after the dispatch; NULL: the call has failed. An item brings
+** up to `operands` operands. */
+void *qm__list_args(qm__call *call, size_t args_bytes, const void *list, int64_t count,
+                    size_t item_bytes, int32_t operands);
+/* An operand of item `item` (from 0) of a list of `count`. The items' sizes are their own. */
+void qm__list_operand(qm__call *call, const char *name, int64_t item, int64_t count,
+                      const qm_tensor *x, const char *spec, qm__use use, qm_array *out);
+/* Operand i of those checked so far. */
+const qm__extent *qm__extent_of(const qm__call *call, int64_t i);
 /* Bind a name before operands are checked, or read what they bound. */
 void qm__bind(qm__call *call, const char *name, int64_t value);
 int64_t qm__size(const qm__call *call, const char *name);

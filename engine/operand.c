@@ -5,6 +5,7 @@
 */
 #include <stdarg.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "internal.h"
@@ -211,12 +212,10 @@ void qm__operand(qm__call *call, const char *name, const qm_tensor *x, const cha
   out->dtype = x->dtype;
   out->count = qm__count(x);
   memcpy(out->shape, x->shape, sizeof out->shape);
-  if (call->operand_count < QM__OPERANDS_MAX) {
+  if (call->operand_count < QM__OPERANDS_MAX + call->more_max) {
     const char *begin = out->data;
-    call->operands[call->operand_count].name = name;
-    call->operands[call->operand_count].begin = begin;
-    call->operands[call->operand_count].end = begin + out->count * qm_dtype_size(x->dtype);
-    call->operands[call->operand_count++].use = use;
+    qm__extent *extent = (qm__extent *)qm__extent_of(call, call->operand_count++);
+    *extent = (qm__extent){name, begin, begin + out->count * qm_dtype_size(x->dtype), use};
   }
   if (use != QM__READ) atomic_fetch_add(&x->storage->writes, 1);
   if (call->device->recording != NULL) qm__graph_hold(call->device->recording, x->storage);
@@ -226,6 +225,40 @@ void qm__optional(qm__call *call, const char *name, const qm_tensor *x, const ch
                   qm__use use, qm_array *out) {
   memset(out, 0, sizeof *out);
   if (x != NULL) qm__operand(call, name, x, spec, use, out);
+}
+
+const qm__extent *qm__extent_of(const qm__call *call, int64_t i) {
+  return i < QM__OPERANDS_MAX ? &call->operands[i] : &call->more[i - QM__OPERANDS_MAX];
+}
+
+void *qm__list_args(qm__call *call, size_t args_bytes, const void *list, int64_t count,
+                    size_t item_bytes, int32_t operands) {
+  qm__require(call, count >= 0 && count <= INT32_MAX,
+              "argument 'count': expected 0 or more, got %lld", (long long)count);
+  qm__require(call, list != NULL || count == 0,
+              "argument 'count': expected 0 where there is no list, got %lld", (long long)count);
+  if (call->status != QM_OK) return NULL;
+  const size_t items = (size_t)count, more = items * (size_t)operands;
+  args_bytes += items * item_bytes;
+  char *args = calloc(1, args_bytes + more * sizeof *call->more);
+  if (args == NULL) call->status = qm__fail(QM_E_MEMORY, "the host is out of memory");
+  if (args == NULL) return NULL;
+  call->list_bytes = (int64_t)(items * item_bytes);
+  call->more = (qm__extent *)(void *)(args + args_bytes); /* both are multiples of 8 */
+  call->more_max = (int64_t)more;
+  return args;
+}
+
+void qm__list_operand(qm__call *call, const char *name, int64_t item, int64_t count,
+                      const qm_tensor *x, const char *spec, qm__use use, qm_array *out) {
+  char named[64];
+  const int32_t sizes = call->size_count;
+  const int64_t operands = call->operand_count;
+  if (count > 1) snprintf(named, sizeof named, "%s[%lld]", name, (long long)item + 1);
+  qm__operand(call, count > 1 ? named : name, x, spec, use, out);
+  call->size_count = sizes;
+  if (call->operand_count > operands)
+    ((qm__extent *)qm__extent_of(call, operands))->name = name; /* which stays */
 }
 
 void qm__same_shape(qm__call *call, const char *name, const qm_array *a, const qm_array *b) {
@@ -246,19 +279,17 @@ void qm__same_shape(qm__call *call, const char *name, const qm_array *a, const q
 }
 
 int32_t qm__finish(qm__call *call) {
-  for (int32_t i = 0; i < call->operand_count && call->status == QM_OK; i++) {
-    if (call->operands[i].use == QM__READ) continue;
-    for (int32_t j = 0; j < call->operand_count; j++) {
-      const bool empty = call->operands[i].begin == call->operands[i].end ||
-                         call->operands[j].begin == call->operands[j].end;
-      const bool apart = empty || call->operands[i].end <= call->operands[j].begin ||
-                         call->operands[j].end <= call->operands[i].begin;
-      const bool same = call->operands[i].begin == call->operands[j].begin &&
-                        call->operands[i].end == call->operands[j].end;
-      const bool in_place = same && call->operands[i].use == QM__IN_PLACE;
-      if (i == j || apart || (in_place && call->operands[j].use == QM__READ)) continue;
-      qm__require(call, false, "argument '%s': overlaps argument '%s'", call->operands[i].name,
-                  call->operands[j].name);
+  for (int64_t i = 0; i < call->operand_count && call->status == QM_OK; i++) {
+    const qm__extent *a = qm__extent_of(call, i);
+    if (a->use == QM__READ) continue;
+    for (int64_t j = 0; j < call->operand_count; j++) {
+      const qm__extent *b = qm__extent_of(call, j);
+      const bool empty = a->begin == a->end || b->begin == b->end;
+      const bool apart = empty || a->end <= b->begin || b->end <= a->begin;
+      const bool same = a->begin == b->begin && a->end == b->end;
+      const bool in_place = same && a->use == QM__IN_PLACE;
+      if (i == j || apart || (in_place && b->use == QM__READ)) continue;
+      qm__require(call, false, "argument '%s': overlaps argument '%s'", a->name, b->name);
     }
   }
   return call->status;

@@ -215,9 +215,11 @@ int32_t qm_accumulate(const qm_tensor *x, const qm_tensor *out, double alpha, do
 ** MAX and MIN of a NaN are NaN, and ARGMAX finds the first. */
 enum { QM_SUM = 0, QM_MEAN = 1, QM_MAX = 2, QM_MIN = 3, QM_ARGMAX = 4, QM_REDUCE_COUNT = 5 };
 int32_t qm_reduce(int32_t op, const qm_tensor *x, const qm_tensor *out, int32_t dim);
-/* out += (accumulate != 0) the sum of squares of all of x; out f32 []. The sum of a tensor with a
-** NaN or an infinity is not finite. */
-int32_t qm_sum_squares(const qm_tensor *x, const qm_tensor *out, int32_t accumulate);
+/* out = (accumulate != 0: +=) the sum of squares of all `count` tensors, float of any types; out
+** f32 []. One fixed order: the tensors' types, shapes and order give the same bits wherever they
+** lie. The sum of tensors with a NaN or an infinity is not finite. */
+int32_t qm_sum_squares(const qm_tensor *const *x, int64_t count, const qm_tensor *out,
+                       int32_t accumulate);
 /* out[..] = x transposed by dims: out's dimension i is x's dims[i]. Any type. */
 int32_t qm_permute(const qm_tensor *x, const qm_tensor *out, const int32_t *dims);
 /* out[i, :] = x[index[i], :]; x any type [V, C] (or [V]), index i32 [R], out [R, C] of

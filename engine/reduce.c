@@ -1,4 +1,6 @@
 /* reduce.c - reductions and softmax: operands checked, then dispatched. */
+#include <stdlib.h>
+
 #include "internal.h"
 
 /* Is out x's shape with dimension dim of size 1, or left out? */
@@ -41,12 +43,19 @@ int32_t qm_reduce(int32_t op, const qm_tensor *x, const qm_tensor *out, int32_t 
   return QM__DISPATCH(call, reduce, &args);
 }
 
-int32_t qm_sum_squares(const qm_tensor *x, const qm_tensor *out, int32_t accumulate) {
+int32_t qm_sum_squares(const qm_tensor *const *x, int64_t count, const qm_tensor *out,
+                       int32_t accumulate) {
   qm__call call = qm__begin("qm_sum_squares");
-  qm_sum_squares_args args = {.accumulate = accumulate};
-  qm__operand(&call, "x", x, "float [...]", QM__READ, &args.x);
-  qm__operand(&call, "out", out, "f32 []", QM__WRITE, &args.out);
-  return QM__DISPATCH(call, sum_squares, &args);
+  qm_sum_squares_args *args = qm__list_args(&call, sizeof *args, x, count, sizeof args->x[0], 1);
+  if (args == NULL) return call.status;
+  args->count = count;
+  args->accumulate = accumulate;
+  for (int64_t i = 0; i < count; i++)
+    qm__list_operand(&call, "x", i, count, x[i], "float [...]", QM__READ, &args->x[i]);
+  qm__operand(&call, "out", out, "f32 []", QM__WRITE, &args->out);
+  const int32_t status = QM__DISPATCH(call, sum_squares, args);
+  free(args);
+  return status;
 }
 
 int32_t qm_softmax(const qm_tensor *x, const qm_tensor *out) {

@@ -8,9 +8,10 @@
 /* Bytes of the operands that the call reads (WRITE false) or writes (true). */
 static double operand_bytes(const qm__call *call, bool written) {
   double bytes = 0.0;
-  for (int32_t i = 0; i < call->operand_count; i++)
-    if ((call->operands[i].use != QM__READ) == written)
-      bytes += (double)(call->operands[i].end - call->operands[i].begin);
+  for (int64_t i = 0; i < call->operand_count; i++) {
+    const qm__extent *extent = qm__extent_of(call, i);
+    if ((extent->use != QM__READ) == written) bytes += (double)(extent->end - extent->begin);
+  }
   return bytes;
 }
 

@@ -155,8 +155,91 @@ describe("qm.sum_squares", function()
     end
   end)
 
+  -- Sizes about where the kernels cut, more tensors than one launch takes; every type, and empty ones.
+  local function mixed(fill)
+    local list = {}
+    for _, count in ipairs({ 1, 0, 16383, 16384, 16385, 32768, 65537, 7 }) do
+      for _, dtype in ipairs({ "f32", "bf16", "f16" }) do list[#list + 1] = fill({ count }, reference):to(dtype) end
+    end
+    for i = #list + 1, 400 do list[i] = fill({ i % 5, i % 7 }, reference):to(i % 2 == 0 and "f32" or "bf16") end
+    return list
+  end
+  local function on_device(list, move)
+    local moved = {}
+    for i, tensor in ipairs(list) do moved[i] = move and move(tensor) or tensor:to(testing.device) end
+    return moved
+  end
+
+  it("takes a list, whose sum is exact where no rounding comes in", function()
+    local list, expected = mixed(function(...) return (qm.rand(...) * 7):floor() - 3 end), 0
+    for _, tensor in ipairs(list) do
+      for _, value in ipairs(tensor:reshape(tensor:count()):totable()) do expected = expected + value * value end
+    end
+    assert.is_true(expected > 1e6 and expected < 2 ^ 24)
+    for _, move in ipairs({ false, testing.shifted }) do
+      assert.equal(expected, qm.sum_squares(on_device(list, move)):item())
+    end
+    assert.equal(expected, qm.sum_squares(list):item())
+    local total = qm.full({}, 3, { device = testing.device })
+    assert.equal(total, qm.sum_squares({}, total))
+    assert.equal(3, total:item())
+    assert.equal(5, qm.sum_squares({ qm.ones({ 2 }, { device = testing.device }) }, total):item())
+    assert.equal(0, qm.sum_squares({ qm.ones({ 0 }, { device = testing.device }) }):item())
+  end)
+
+  it("gives the same bits again, and wherever the tensors lie; close to the reference", function()
+    local list = mixed(qm.randn)
+    local expected, moved = qm.sum_squares(list), on_device(list)
+    local once = qm.sum_squares(moved)
+    testing.assert_close(expected, once, 1e-6)
+    testing.assert_equal(once, qm.sum_squares(moved), "again")
+    testing.assert_equal(once, qm.sum_squares(on_device(list, testing.shifted)), "shifted")
+  end)
+
+  it("of a list is not finite where one value is not", function()
+    local list = on_device(mixed(qm.randn))
+    list[303]:fill(nan)
+    local sum = qm.sum_squares(list):item()
+    assert.is_true(sum ~= sum)
+  end)
+
+  it("is recorded with its list", function()
+    local step = qm.graph(function(a, b)
+      local list = { a, b, qm.ones({ 3 }, { device = testing.device }) }
+      for i = 4, 200 do list[i] = list[3] end
+      local out = qm.sum_squares(list)
+      list[1] = nil
+      return out
+    end, { device = testing.device })
+    for i = 1, 5 do
+      local a = qm.full({ 3 }, i, { device = testing.device })
+      collectgarbage()
+      assert.equal(3 * i * i + 4 + 3 * 198, step(a, qm.full({}, 2, { device = testing.device, dtype = "bf16" })):item())
+    end
+    step:free()
+  end)
+
   it("has the gradient that central differences show", function()
     testing.check_gradients(qm.sum_squares, { qm.randn({ 3, 5 }, with_gradient) })
+    local constant = qm.randn({ 4 }, reference)
+    testing.check_gradients(function(a, b) return qm.sum_squares({ a, constant, b }) end,
+      { qm.randn({ 3, 5 }, with_gradient), qm.randn({ 2 }, with_gradient) })
+  end)
+
+  it("says what of a list it cannot take", function()
+    local x, list = qm.ones({ 2, 3 }), {}
+    local other_device = { device = testing.device == "reference" and "cpu" or "reference" }
+    for i = 1, 90 do list[i] = x:narrow(1, 1) end
+    local function refused(message, items, total)
+      assert.error_matches(function() qm.sum_squares(items, total) end, "qm.sum_squares: argument " .. message, 1, true)
+    end
+    refused("'x': expected a tensor or a list of them, got nothing", nil, x)
+    refused("'x': expected a tensor or a list of them, got a table", {})
+    refused("'x[2]': expected a tensor, got number 3", { x, 3 })
+    refused("'x[2]': expected float [...], got i32 [2]", { x, qm.ones({ 2 }, { dtype = "i32" }) })
+    refused("'x[3]': expected a tensor on " .. testing.device, { x, x, qm.ones({ 2 }, other_device) })
+    list[77] = qm.ones({ 2 })
+    refused("'out': overlaps argument 'x'", list, list[77]:narrow(2, 1):reshape({}))
   end)
 end)
 

@@ -21,6 +21,7 @@ local REFUSED = {
   ["a maximum of nothing"] = { qm.max, qm.ones({ 0, 2 }), 1 },
   ["a softmax"] = { qm.softmax, words },
   ["a sum of squares"] = { qm.sum_squares, words },
+  ["a sum of a list's squares"] = { qm.sum_squares, { qm.ones({ 3 }), words } },
   ["an embedding of an unknown token"] = { qm.embedding, matrix, outside },
   ["a permutation"] = { qm.permute, matrix, 1, 1 },
   ["a matrix product"] = { qm.matmul, matrix, matrix },

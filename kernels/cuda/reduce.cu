@@ -14,7 +14,6 @@ enum { THREADS = 256, WARPS = THREADS / 32, UNROLL = 4 };
 struct target {
   void *out;
   int32_t dtype;
-  int32_t accumulate; /* add what out holds */
   double divisor;
 };
 
@@ -25,7 +24,6 @@ static __device__ __forceinline__ void finish(const target &to, int64_t i, const
   } else {
     double value = state.value();
     if (OP == QM_MEAN) value /= to.divisor;
-    if (to.accumulate) value += (double)qm_load(to.out, to.dtype, i);
     qm_store(to.out, to.dtype, i, (float)value);
   }
 }
@@ -217,7 +215,7 @@ static int32_t reduce(qm_cuda *cuda, const T *x, const target &to, int64_t outer
 
 int32_t qm_cuda_reduce(void *context, const qm_reduce_args *args) {
   QM_CUDA_ENTER(context);
-  const target to = {args->out.data, args->out.dtype, 0, (double)args->length};
+  const target to = {args->out.data, args->out.dtype, (double)args->length};
   return qm_with_float(args->x.dtype, [&](auto element) {
     using T = decltype(element);
     const auto run = [&](auto op) {
@@ -231,14 +229,5 @@ int32_t qm_cuda_reduce(void *context, const qm_reduce_args *args) {
       case QM_MIN: return run(std::integral_constant<int, QM_MIN>{});
       default: return run(std::integral_constant<int, QM_ARGMAX>{});
     }
-  });
-}
-
-int32_t qm_cuda_sum_squares(void *context, const qm_sum_squares_args *args) {
-  QM_CUDA_ENTER(context);
-  const target to = {args->out.data, args->out.dtype, args->accumulate, 1.0};
-  return qm_with_float(args->x.dtype, [&](auto element) {
-    using T = decltype(element);
-    return reduce<T, QM_SQUARES>(cuda, (const T *)args->x.data, to, 1, args->x.count, 1);
   });
 }

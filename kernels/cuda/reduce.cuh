@@ -6,21 +6,15 @@
 
 #include "pack.cuh"
 
-enum { QM_SQUARES = QM_REDUCE_COUNT }; /* one more operation, of sum_squares */
-
-/* Sum, mean and sum of squares. */
-template <int OP>
 struct qm_sum_state {
   double sum;
   __device__ __forceinline__ static qm_sum_state none() { return {0.0}; }
-  __device__ __forceinline__ void one(float x, int64_t) {
-    sum += OP == QM_SQUARES ? (double)x * (double)x : (double)x;
-  }
+  __device__ __forceinline__ void one(float x, int64_t) { sum += (double)x; }
   template <int N>
   __device__ __forceinline__ void pack(const float (&v)[N], int64_t, int = 1) {
     float part = 0.0f;
 #pragma unroll
-    for (int i = 0; i < N; i++) part += OP == QM_SQUARES ? v[i] * v[i] : v[i];
+    for (int i = 0; i < N; i++) part += v[i];
     sum += (double)part;
   }
   __device__ __forceinline__ void join(const qm_sum_state &other) { sum += other.sum; }
@@ -69,7 +63,7 @@ struct qm_best_state {
 
 template <int OP>
 struct qm_state_of {
-  using type = qm_sum_state<OP>;
+  using type = qm_sum_state;
 };
 template <>
 struct qm_state_of<QM_MAX> {

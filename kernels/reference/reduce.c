@@ -37,12 +37,13 @@ int32_t qm_reference_reduce(void *context, const qm_reduce_args *args) {
 int32_t qm_reference_sum_squares(void *context, const qm_sum_squares_args *args) {
   (void)context;
   float *out = args->out.data;
-  double sum = args->accumulate ? (double)*out : 0.0;
-  for (int64_t i = 0; i < args->x.count; i++) {
-    const double x = (double)qm_load(args->x.data, args->x.dtype, i);
-    sum += x * x;
-  }
-  *out = (float)sum;
+  double sum = 0.0;
+  for (int64_t at = 0; at < args->count; at++)
+    for (int64_t i = 0; i < args->x[at].count; i++) {
+      const double x = (double)qm_load(args->x[at].data, args->x[at].dtype, i);
+      sum += x * x;
+    }
+  *out = (float)(args->accumulate ? sum + (double)*out : sum);
   return QM_OK;
 }
 

@@ -89,7 +89,7 @@ local function measure(self, slots)
   if self.measured then return end
   qm.no_grad(function()
     self.measure:clear()
-    for _, slot in ipairs(slots) do self.measure:add(slot:gradient()) end
+    self.measure:add(slots)
   end)
   self.measured = true
 end

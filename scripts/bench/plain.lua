@@ -106,7 +106,28 @@ end
 bench("reduce sum f32 along 1", 4 * BIG / 4, function()
   call("reduce", C.QM_SUM, view(f, 65536, 1024).desc, qm.empty({ 1024 }).desc, 0)
 end)
-bench("sum_squares f32", 4 * BIG / 4, function() call("sum_squares", f.desc, one.desc, 0) end)
+for name, operand in pairs({ f32 = f, bf16 = x }) do
+  local list = ffi.new("const qm_tensor *[1]", { operand.desc })
+  bench("sum_squares " .. name, operand:size_bytes(), function() call("sum_squares", list, 1, one.desc, 0) end)
+end
+-- Extents of a model's parameters: those beside the layers, and a layer's, so many times.
+for name, model in pairs({ ["GPT-2 124M"] = { { 50304 * 768, 1024 * 768, 768, 768 },
+  { 768, 768, 768 * 2304, 2304, 768 * 768, 768, 768, 768, 768 * 3072, 3072, 3072 * 768, 768 }, 12 },
+  ["Llama 1.1B"] = { { 32000 * 2048, 2048, 2048 * 32000 },
+    { 2048, 2048 * 2048, 2048 * 256, 2048 * 256, 2048 * 2048, 2048, 2048 * 5632, 2048 * 5632, 5632 * 2048 }, 22 } }) do
+  local what = "sum_squares of " .. name .. "'s f32 gradients"
+  local tensors, size_bytes = {}, 0
+  for layer = 0, what:find(pattern) and model[3] or -1 do
+    for _, count in ipairs(model[layer == 0 and 1 or 2]) do
+      tensors[#tensors + 1] = qm.full({ count }, 0.5)
+      size_bytes = size_bytes + 4 * count
+    end
+  end
+  local list = ffi.new("const qm_tensor *[?]", #tensors)
+  for i, tensor in ipairs(tensors) do list[i - 1] = tensor.desc end
+  bench(what, size_bytes, function() call("sum_squares", list, #tensors, one.desc, 0) end)
+  for _, tensor in ipairs(tensors) do tensor:free() end
+end
 bench("softmax bf16 [65536, 4096]", 4 * BIG, function()
   call("softmax", rows.desc, view(out, BIG / 4096, 4096).desc)
 end)

@@ -37,6 +37,7 @@ return function(qm, device)
     { "x:to", function() return randn(3, 5), "f16" end },
     { "qm.softmax", function() return leaf(3, 5) end },
     { "qm.sum_squares", function() return randn(3, 500) end },
+    { "qm.sum_squares", function() return { leaf(3, 50), half(7), randn(0) }, randn() end },
     { "qm.reshape", function() return leaf(4, 6), 3, 8 end },
     { "qm.narrow", function() return leaf(4, 6), 2, 2 end },
     { "qm.permute", function() return leaf(2, 3, 4), 3, 1, 2 end },

@@ -5,6 +5,7 @@
 ** The work is cut into tiles of TILE_ROWS elements along the reduced dimension by QM_BLOCK across
 ** it (or, where the elements to reduce are neighbours, runs of RUN). Tiles give partial results,
 ** and those are put together in order: nothing depends on the number of threads. */
+#include <omp.h>
 #include <stdlib.h>
 
 #include "vector.h"
@@ -219,17 +220,36 @@ int32_t QM_CPU(reduce)(void *context, const qm_reduce_args *args) {
   return args->inner == 1 ? reduce_rows(args) : reduce_columns(args);
 }
 
+static int64_t runs_of(const qm_array *x) { return (x->count + RUN - 1) / RUN; }
+
+/* Runs [first, end) of all the tensors' runs, one after another. */
+static void square_runs(const qm_sum_squares_args *args, int64_t first, int64_t end,
+                        double *partial) {
+  int64_t before = 0; /* runs of earlier tensors */
+  for (int64_t i = 0; i < args->count && before < end; i++) {
+    const qm_array *x = &args->x[i];
+    const int64_t runs = runs_of(x), stop = QM_MIN(runs, end - before);
+    for (int64_t run = first < before ? 0 : first - before; run < stop; run++)
+      partial[before + run] = sum_run(x, run * RUN, QM_MIN(RUN, x->count - run * RUN), 1);
+    before += runs;
+  }
+}
+
 int32_t QM_CPU(sum_squares)(void *context, const qm_sum_squares_args *args) {
   (void)context;
-  const int64_t count = args->x.count, runs = (count + RUN - 1) / RUN;
+  int64_t runs = 0, elements = 0;
+  for (int64_t i = 0; i < args->count; i++) runs += runs_of(&args->x[i]);
+  for (int64_t i = 0; i < args->count; i++) elements += args->x[i].count;
   double *partial = malloc((size_t)(runs + 1) * sizeof *partial);
   if (partial == NULL)
     return qm_reference_host->fail(QM_E_MEMORY, "sum_squares: the host is out of memory");
   float *out = args->out.data;
-  partial[0] = args->accumulate ? (double)*out : 0.0;
-#pragma omp parallel for schedule(static) if (count >= QM_PARALLEL_MIN)
-  for (int64_t run = 0; run < runs; run++)
-    partial[run + 1] = sum_run(&args->x, run * RUN, QM_MIN(RUN, count - run * RUN), 1);
+#pragma omp parallel if (elements >= QM_PARALLEL_MIN)
+  {
+    const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
+    square_runs(args, runs * thread / threads, runs * (thread + 1) / threads, partial);
+  }
+  partial[runs] = args->accumulate ? (double)*out : 0.0;
   *out = (float)gather_partials(QM_SUM, partial, runs + 1, 1);
   free(partial);
   return QM_OK;

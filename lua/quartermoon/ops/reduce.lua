@@ -94,24 +94,41 @@ function M.min(x, dim) return extreme("min", C.QM_MIN, x, dim) end
 ---   and targets do; the first of equals
 function M.argmax(x, dim) return reduce("qm.argmax", C.QM_ARGMAX, x, dim, "i32") end
 
----Sum of the squares of all elements, in f32 whatever x's type; not finite where x is not.
----@param x qm.Tensor         float [...]
----@param total qm.Tensor|nil f32 []; then the sum is added to it, not differentiable
----@return qm.Tensor          f32 []
+local function square_gradient(x, dout)
+  local dx = x:empty_like()
+  binding.check(lib.qm_binary(C.QM_MUL, x.desc, dout.desc, dx.desc), "backward")
+  binding.check(lib.qm_unary(C.QM_AFFINE, dx.desc, dx.desc, 2, 0), "backward")
+  return dx
+end
+
+---Sum of the squares of all elements, in f32 whatever x's type; not finite where x is not. Of many tensors
+---in one pass over them.
+---@param x qm.Tensor|qm.Tensor[]  float [...], one or several of any types, on one device
+---@param total qm.Tensor|nil      f32 []; then the sum is added to it, not differentiable
+---@return qm.Tensor               f32 []
+---@raise when something is no float tensor, or there is none and no total
 function M.sum_squares(x, total)
   local name = "qm.sum_squares"
-  local desc = check.desc(name, "x", x)
+  local several = type(x) == "table" and not getmetatable(x)
+  local items, list = several and x or { x }, {}
+  local count = #items
+  if x == nil or (count == 0 and not total) then check.fail(name, "x", "a tensor or a list of them", x) end
+  local descs = ffi.new("const qm_tensor *[?]", math.max(count, 1))
+  for i = 1, count do
+    local item = items[i]
+    if not check.is_tensor(item) then check.desc(name, several and ("x[%d]"):format(i) or "x", item) end
+    list[i], descs[i - 1] = item, item.desc
+  end
   if total then
-    binding.check(lib.qm_sum_squares(desc, check.desc(name, "total", total), 1), name)
+    binding.check(lib.qm_sum_squares(descs, count, check.desc(name, "total", total), 1), name)
     return total
   end
-  local out = tensors.empty({}, { device = x.device })
-  binding.check(lib.qm_sum_squares(desc, out.desc, 0), name, out)
-  return record("sum_squares", { x }, { out }, {}, function(dout)
-    local dx = x:empty_like()
-    binding.check(lib.qm_binary(C.QM_MUL, x.desc, dout.desc, dx.desc), "backward")
-    binding.check(lib.qm_unary(C.QM_AFFINE, dx.desc, dx.desc, 2, 0), "backward")
-    return dx
+  local out = tensors.empty({}, { device = list[1].device })
+  binding.check(lib.qm_sum_squares(descs, count, out.desc, 0), name, out)
+  return record("sum_squares", list, { out }, {}, function(dout)
+    local gradients = {}
+    for i, item in ipairs(list) do gradients[i] = autograd.needs_grad(item) and square_gradient(item, dout) end
+    return unpack(gradients)
   end)
 end
 

@@ -20,8 +20,7 @@ local function open_step(optim)
 end
 
 local function take(optim, slot, clip_each)
-  local grad = slot:gradient()
-  if not grad then return end
+  if not slot:gradient() then return end
   local open, each = open_step(optim), optim.each
   if open.taken[slot] then
     raise(("optim: '%s' got a second gradient before optim:step(): an attached optimizer updates at the first one, "
@@ -30,7 +29,7 @@ local function take(optim, slot, clip_each)
   end
   open.taken[slot] = true
   each:clear()
-  each:add(grad)
+  each:add({ slot })
   optim.measure:add_all(each)
   local is_bad = optim:is_bad(each, { slot }, open.bad)
   each:settle(1, clip_each or math.huge)

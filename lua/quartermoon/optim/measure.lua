@@ -38,8 +38,17 @@ function Measure:clear()
   for _, place in ipairs(self.places) do place.squares:fill(0) end
 end
 
----Count a gradient in.
-function Measure:add(grad) qm.sum_squares(grad, self:place(grad.device).squares) end
+---Count gradients in, those of each device at once.
+---@param slots qm.optim.Slot[]  with gradients
+function Measure:add(slots)
+  for _, place in ipairs(self.places) do
+    local gradients = {}
+    for _, slot in ipairs(slots) do
+      if slot.device == place.device then gradients[#gradients + 1] = slot:gradient() end
+    end
+    qm.sum_squares(gradients, place.squares)
+  end
+end
 
 ---Count in what another measure of the same slots holds.
 function Measure:add_all(other)
