@@ -59,7 +59,7 @@ static __global__ void __launch_bounds__(forward_plan<D>::THREADS, 1)
 
   if (threadIdx.x == 0) {
     qm_barrier_open(&q_full, 1);
-    qm_barrier_open(&q_empty, 4 * plan::GROUPS);
+    qm_barrier_open(&q_empty, 128 * plan::GROUPS);
     for (int i = 0; i < STAGES; i++) {
       qm_barrier_open(&k_full[i], 1);
       qm_barrier_open(&v_full[i], 1);
@@ -156,7 +156,7 @@ static __global__ void __launch_bounds__(forward_plan<D>::THREADS, 1)
       score(step);
       qm_products_wait<0>();
       qm_pin(scores);
-      if (steps == 1) qm_barrier_arrive_warp(&q_empty);
+      if (steps == 1) qm_barrier_arrive(&q_empty);
       weigh(0);
       pack();
       for (int32_t i = 1; i < steps; i++) {
@@ -167,7 +167,7 @@ static __global__ void __launch_bounds__(forward_plan<D>::THREADS, 1)
         gather(step);
         qm_products_wait<1>();
         qm_pin(scores);
-        if (i + 1 == steps) qm_barrier_arrive_warp(&q_empty);
+        if (i + 1 == steps) qm_barrier_arrive(&q_empty);
         weigh(i);
         qm_products_wait<0>();
         qm_pin(gathered);
@@ -185,7 +185,7 @@ static __global__ void __launch_bounds__(forward_plan<D>::THREADS, 1)
       qm_barrier_arrive_warp(&v_empty[step % STAGES]);
       step++;
     } else {
-      qm_barrier_arrive_warp(&q_empty);
+      qm_barrier_arrive(&q_empty);
     }
     const int32_t mine = tile.row + warp_row, head = tile.head, end = tile.span.q_end;
     float factor[2];

@@ -68,7 +68,7 @@ static __global__ void __launch_bounds__(THREADS, 1)
 
   if (threadIdx.x == 0) {
     qm_barrier_open(&kept_full, 1);
-    qm_barrier_open(&kept_empty, 4 * GROUPS);
+    qm_barrier_open(&kept_empty, 128 * GROUPS);
     for (int i = 0; i < STAGES; i++) {
       qm_barrier_open(&full[i], 1);
       qm_barrier_open(&empty[i], 4 * GROUPS);
@@ -212,7 +212,7 @@ static __global__ void __launch_bounds__(THREADS, 1)
       qm_pin(dq);
       qm_barrier_arrive_warp(&empty[stage]);
     }
-    qm_barrier_arrive_warp(&kept_empty);
+    qm_barrier_arrive(&kept_empty);
     const int32_t mine = tile.row + warp_row;
     qm_store_rows_wide(x.dq + mine * shape.stride_q + (int64_t)tile.head * D, shape.stride_q,
                        tile.span.q_end - mine, dq, {shape.scale, shape.scale});

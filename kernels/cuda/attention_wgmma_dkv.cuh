@@ -41,10 +41,10 @@ static __global__ void __launch_bounds__(THREADS, 1)
 
   if (threadIdx.x == 0) {
     qm_barrier_open(&kept_full, 1);
-    qm_barrier_open(&kept_empty, 4 * GROUPS);
+    qm_barrier_open(&kept_empty, 128 * GROUPS);
     for (int i = 0; i < STAGES; i++) {
       qm_barrier_open(&full[i], 1);
-      qm_barrier_open(&empty[i], 4 * GROUPS);
+      qm_barrier_open(&empty[i], 128 * GROUPS); /* lanes read rows' numbers */
     }
     qm_barriers_ready();
   }
@@ -132,7 +132,7 @@ static __global__ void __launch_bounds__(THREADS, 1)
     if constexpr (plan::ROOM) {
       qm_tile_fragments<D, KEPT>(held_keys, tile_k, warp_row);
       qm_tile_fragments<D, KEPT>(held_values, tile_v, warp_row);
-      qm_barrier_arrive_warp(&kept_empty);
+      qm_barrier_arrive(&kept_empty);
     }
     float dk[D / 8][4] = {}, dv[D / 8][4] = {};
     int32_t query = tile.first;
@@ -199,7 +199,7 @@ static __global__ void __launch_bounds__(THREADS, 1)
       qm_products_wait<0>();
       qm_pin(dv);
       qm_pin(dk);
-      qm_barrier_arrive_warp(&empty[stage]);
+      qm_barrier_arrive(&empty[stage]);
     };
     const auto begin = [&](int32_t stage) {
       qm_products_begin();
@@ -231,7 +231,7 @@ static __global__ void __launch_bounds__(THREADS, 1)
         qm_products_wait<0>();
         qm_pin(dv);
         qm_pin(dk);
-        qm_barrier_arrive_warp(&empty[before]);
+        qm_barrier_arrive(&empty[before]);
         pack();
       }
       finish(step++ % STAGES);
@@ -241,7 +241,7 @@ static __global__ void __launch_bounds__(THREADS, 1)
         finish(step % STAGES);
       }
     }
-    if (!plan::ROOM) qm_barrier_arrive_warp(&kept_empty);
+    if (!plan::ROOM) qm_barrier_arrive(&kept_empty);
     const int32_t mine = tile.row + warp_row, there = tile.span.k_end - mine;
     const int64_t head_at = (int64_t)tile.head * D;
     qm_store_rows_wide(x.dk + mine * shape.stride_k + head_at, shape.stride_k, there, dk,
