@@ -36,24 +36,6 @@ static __global__ __launch_bounds__(Product::S::threads, Product::S::blocks) voi
 
 constexpr int64_t ROWS_MAX = 64;
 
-/* QM_E_UNSUPPORTED where the device has too little shared memory for it. */
-template <typename Product, typename Kernel>
-static int32_t prepare(const qm_cuda *cuda, Kernel kernel, bool (&prepared)[64]) {
-  using L = typename Product::L;
-  if (prepared[cuda->index % 64]) return QM_OK;
-  int most = 0;
-  int32_t status = qm_cuda_check(
-      cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, cuda->index),
-      "mpq_linear");
-  if (status == QM_OK && L::bytes > most) return QM_E_UNSUPPORTED;
-  if (status == QM_OK)
-    status = qm_cuda_check(
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, L::bytes),
-        "mpq_linear");
-  prepared[cuda->index % 64] = status == QM_OK;
-  return status;
-}
-
 template <typename Product>
 static int32_t launch(qm_cuda *cuda, task_group group) {
   using S = typename Product::S;
@@ -61,9 +43,9 @@ static int32_t launch(qm_cuda *cuda, task_group group) {
   static bool one_prepared[64], group_prepared[64]; /* by device */
   int32_t status = QM_E_UNSUPPORTED;
   if (group.count == 1)
-    status = prepare<Product>(cuda, multiply<Product>, one_prepared);
+    status = prepare(cuda, multiply<Product>, L::bytes, one_prepared);
   else if constexpr (Product::takes_groups)
-    status = prepare<Product>(cuda, multiply_group<Product>, group_prepared);
+    status = prepare(cuda, multiply_group<Product>, L::bytes, group_prepared);
   if (status != QM_OK) return status;
   int64_t tiles = 0, outputs = 0;
   for (int32_t i = 0; i < group.count; i++) {
@@ -95,19 +77,20 @@ static int32_t launch(qm_cuda *cuda, task_group group) {
 }
 
 /* Warps enough to fill the device with the blocks that W's columns make: at most 32 a
-** multiprocessor, or 16 with twice the registers, and 128 KiB of codes under way in each. */
+** multiprocessor, or 16 with twice the registers. Few bytes under way in each do better than many,
+** and 256 of a row side by side better than 128. */
 template <typename T, int TILES>
 static int32_t launch_few(qm_cuda *cuda, const task_group &group) {
-  constexpr int WARPS = TILES == 1 ? 32 : 16, DEPTH = TILES == 1 ? 8 : 16;
+  constexpr int WARPS = 32 / TILES;
   int64_t columns = 0;
   for (int32_t i = 0; i < group.count; i++) columns += group.part[i].n;
   const int64_t blocks = qm_ceil_div(columns, 32) / cuda->multiprocessors;
   int32_t status = QM_E_UNSUPPORTED; /* as it stays where the larger ones lack shared memory */
-  if (blocks < 1) status = launch<few<few_shape<T, TILES, 1, WARPS, DEPTH, 2, 1>>>(cuda, group);
+  if (blocks < 1) status = launch<few<few_shape<T, TILES, 1, WARPS, 2 * TILES, 2, 1>>>(cuda, group);
   if (blocks < 2 && status == QM_E_UNSUPPORTED)
-    status = launch<few<few_shape<T, TILES, 1, WARPS / 2, DEPTH, 2, 2>>>(cuda, group);
+    status = launch<few<few_shape<T, TILES, 1, WARPS / 2, 4, 2, 2>>>(cuda, group);
   if (status == QM_E_UNSUPPORTED)
-    status = launch<few<few_shape<T, TILES, 1, WARPS / 4, DEPTH, 2, 4>>>(cuda, group);
+    status = launch<few<few_shape<T, TILES, 2, 8, 4, 1, 2>>>(cuda, group);
   return status;
 }
 
@@ -179,7 +162,7 @@ static int32_t multiply_fused(qm_cuda *cuda, const qm_mpq_linear_args *args) {
   });
 }
 
-/* Whether words, grid and x can be read in the kernels' packs and groups do not cut them. */
+/* Whether words, grid, x and out lie in the kernels' packs and groups do not cut them. */
 static bool is_fused(const qm_mpq_linear_args *args) {
   const qm_mpq_view *q = &args->q;
   const bool whole_groups = q->group_size % (args->transposed ? 8 : 32) == 0;
@@ -187,8 +170,8 @@ static bool is_fused(const qm_mpq_linear_args *args) {
          whole_groups && q->g_idx.data == NULL && q->q_perm.data == NULL &&
          q->group_map.data == NULL && q->k > 0 && q->n > 0 && q->k < INT32_MAX / 2 &&
          q->n < INT32_MAX / 2 && q->k / 32 * q->n < INT32_MAX && qm_aligned(args->x.data, 16) &&
-         qm_aligned(q->data.data, 16) && qm_aligned(q->scales.data, 8) &&
-         qm_aligned(q->zeros.data, q->asym ? 4 : 8);
+         qm_aligned(args->out.data, 8) && qm_aligned(q->data.data, 16) &&
+         qm_aligned(q->scales.data, 8) && qm_aligned(q->zeros.data, q->asym ? 4 : 8);
 }
 
 static int32_t multiply_dequantized(qm_cuda *cuda, const qm_mpq_linear_args *args) {

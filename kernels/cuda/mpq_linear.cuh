@@ -114,8 +114,7 @@ __device__ __forceinline__ int32_t kept(int32_t x) {
   return x;
 }
 
-/* Four scales, or zeros, of adjacent columns as loaded: 16-bit floats, or zero points in x's low
-** bits. */
+/* Four scales, or zeros, of adjacent columns as loaded: 16-bit floats. */
 __device__ __forceinline__ void widen(float (&out)[4], uint2 raw, int32_t is_bf16) {
   const uint32_t halves[2] = {raw.x, raw.y};
 #pragma unroll
@@ -124,21 +123,27 @@ __device__ __forceinline__ void widen(float (&out)[4], uint2 raw, int32_t is_bf1
     out[i] = is_bf16 ? __uint_as_float(bits << 16) : __half2float(__ushort_as_half(bits));
   }
 }
-/* Of the grid's elements from `at` on, a multiple of 4. */
+/* Of the grid's elements from `at` on, a multiple of 4. Zero points come as zeros.x, those of `at`
+** and of the other four that share its 32 bits. Every register has one load alone: with two, of
+** which one happens, the second would wait for the first. */
 __device__ __forceinline__ void load_grid(const task &p, int64_t at, uint2 &scales, uint2 &zeros) {
   scales = __ldg((const uint2 *)((const uint16_t *)p.scales + at));
-  if (p.asym)
-    zeros.x = __ldg((const uint16_t *)p.zeros + (at >> 2));
-  else
-    zeros = __ldg((const uint2 *)((const uint16_t *)p.zeros + at));
+  const uint32_t *const from =
+      (const uint32_t *)((const char *)p.zeros + (p.asym ? at / 8 * 4 : at * 2));
+  zeros.x = __ldg(from);
+  if (!p.asym) zeros.y = __ldg(from + 1);
 }
-__device__ __forceinline__ void widen_grid(const task &p, uint2 scales, uint2 zeros,
+/* Zero point i of the four; odd: whether they are the second four of 32 bits. */
+__device__ __forceinline__ uint32_t point_of(uint2 zeros, int odd, int i) {
+  return zeros.x >> (16 * odd + 4 * i) & 15u;
+}
+__device__ __forceinline__ void widen_grid(const task &p, uint2 scales, uint2 zeros, int odd,
                                            float (&scale)[4], float (&zero)[4]) {
   widen(scale, scales, p.bf16_scales);
   widen(zero, zeros, p.bf16_scales);
 #pragma unroll
   for (int i = 0; i < 4; i++)
-    if (p.asym) zero[i] = (float)((zeros.x >> (4 * i) & 15u) + (uint32_t)p.zero_offset);
+    if (p.asym) zero[i] = (float)(point_of(zeros, odd, i) + (uint32_t)p.zero_offset);
 }
 
 /* A grid for the two weights of a register: W = (code - zero) hi + ((code - zero) lo + rest), with
@@ -161,6 +166,19 @@ __device__ __forceinline__ grid_pair make_grid(float scale0, float zero0, float 
   out.rest = asym ? 0u : qm_pair<T>(fmaf(8.0f, scale0, -zero0), fmaf(8.0f, scale1, -zero1));
   return out;
 }
+/* Both weights of one column; the zero point of an asymmetric grid comes as it is stored. */
+template <typename T>
+__device__ __forceinline__ grid_pair make_column_grid(const task &p, float scale, uint32_t point,
+                                                      float zero) {
+  constexpr uint32_t minus_bias = pair_of<T>::magic | 0x80008000u;
+  grid_pair out;
+  out.minus_zero = minus_bias + (p.asym ? point + (uint32_t)p.zero_offset : 8u) * 0x00010001u;
+  out.hi = qm_pair<T>(scale, scale);
+  const float lo = scale - qm_float(as_pair<T>(out.hi).x), rest = fmaf(8.0f, scale, -zero);
+  out.lo = qm_pair<T>(lo, lo);
+  out.rest = p.asym ? 0u : qm_pair<T>(rest, rest);
+  return out;
+}
 template <typename T>
 __device__ __forceinline__ uint32_t weights(uint32_t codes, const grid_pair &grid) {
   const auto code = __hadd2(as_pair<T>(biased<T>(codes)), as_pair<T>(grid.minus_zero));
@@ -170,9 +188,15 @@ __device__ __forceinline__ uint32_t weights(uint32_t codes, const grid_pair &gri
 
 /* ---- stages, by addresses of shared memory in 32 bits ---- */
 
+/* Through the first cache: past it (.cg), one row took a third longer on an H200. */
 __device__ __forceinline__ void copy_async(int32_t to, const void *from, bool there) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(to), "l"(from),
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;\n" ::"r"(to), "l"(from),
                "r"(there ? 16 : 0)
+               : "memory");
+}
+template <int BYTES>
+__device__ __forceinline__ void copy_async(int32_t to, const void *from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2;\n" ::"r"(to), "l"(from), "n"(BYTES)
                : "memory");
 }
 __device__ __forceinline__ uint4 read_16(int32_t from) {
@@ -264,6 +288,23 @@ __device__ __forceinline__ void finish(const float *sums, const task &p, int64_t
       sum += __ldcg(p.partial + (j * p.rows + row) * outputs + column);
     ((T *)p.out)[row * outputs + column] = qm_as<T>(sum);
   }
+}
+
+/* Let a kernel have so much shared memory; QM_E_UNSUPPORTED where the device has less. */
+template <typename Kernel>
+static int32_t prepare(const qm_cuda *cuda, Kernel kernel, int32_t bytes, bool (&prepared)[64]) {
+  if (prepared[cuda->index % 64]) return QM_OK;
+  int most = 0;
+  int32_t status = qm_cuda_check(
+      cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, cuda->index),
+      "mpq_linear");
+  if (status == QM_OK && bytes > most) return QM_E_UNSUPPORTED;
+  if (status == QM_OK)
+    status = qm_cuda_check(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+        "mpq_linear");
+  prepared[cuda->index % 64] = status == QM_OK;
+  return status;
 }
 
 } /* namespace mpq_linear */

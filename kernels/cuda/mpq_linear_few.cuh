@@ -102,11 +102,7 @@ struct few {
 #pragma unroll
     for (int c = 0; c < chunks; c++) {
       const uint32_t at = grid_at + (uint32_t)(c * beside);
-      scales[c] = __ldg((const uint2 *)((const uint16_t *)p.scales + at));
-      if (p.asym) /* 4 bits each */
-        zeros[c].x = __ldg((const uint16_t *)p.zeros + at / 4);
-      else
-        zeros[c] = __ldg((const uint2 *)((const uint16_t *)p.zeros + at));
+      load_grid(p, at, scales[c], zeros[c]);
 #pragma unroll
       for (int i = 0; i < 8 * tiles; i++) part[c][i / 4 / tiles][i / 4 % tiles][i % 4] = 0.0f;
     }
@@ -128,9 +124,10 @@ struct few {
       widen(scale, scales[c], p.bf16_scales);
       if (p.asym) {
         constexpr uint32_t magic = 0x4B000000u + (uint32_t)pair_of<T>::bias; /* 2^23 + bias */
+        const uint32_t points = zeros[c].x >> (g % 2 * 16);
 #pragma unroll
         for (int i = 0; i < 4; i++)
-          less[i] = p.zero_top - __uint_as_float(masked(zeros[c].x >> (4 * i), 15u, magic));
+          less[i] = p.zero_top - __uint_as_float(masked(points >> (4 * i), 15u, magic));
       } else {
         widen(zero, zeros[c], p.bf16_scales);
         for (int i = 0; i < 4; i++) less[i] = -pair_of<T>::bias;

@@ -73,10 +73,11 @@ struct forward {
 #pragma unroll
     for (int c = 0; c < chunks; c++) {
       float scale[4], zero[4];
-      widen_grid(p, raw_scales[c], raw_zeros[c], scale, zero);
+      widen(scale, raw_scales[c], p.bf16_scales);
+      widen(zero, raw_zeros[c], p.bf16_scales);
 #pragma unroll
       for (int i = 0; i < 4; i++)
-        grids[c][i] = make_grid<T>(scale[i], zero[i], scale[i], zero[i], p.asym);
+        grids[c][i] = make_column_grid<T>(p, scale[i], point_of(raw_zeros[c], g % 2, i), zero[i]);
     }
     load_grids();
   }

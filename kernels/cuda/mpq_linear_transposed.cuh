@@ -78,7 +78,7 @@ struct transposed_ {
   /* 16 columns. */
   __device__ __forceinline__ void multiply(int32_t stage, int u, uint2 raw_scale, uint2 raw_zero) {
     float scale[4], zero[4];
-    widen_grid(p, raw_scale, raw_zero, scale, zero);
+    widen_grid(p, raw_scale, raw_zero, t % 2, scale, zero);
     const int32_t x_lane = stage + x_at + u * 32;
     uint2 x[tiles];
 #pragma unroll
