@@ -61,27 +61,10 @@ local function quantized(rows, columns, options)
   return q
 end
 
-local function copy_bandwidth()
-  local elements = is_gpu and 2 ^ 27 or 2 ^ 22
-  local a, b = qm.randn({ elements }), qm.zeros({ elements })
-  local rate = 2 * 4 * elements / seconds(4, function() b:copy(a) end)
-  a:free()
-  b:free()
-  return rate
-end
-
-local function gemm_rate()
-  local size = is_gpu and 8192 or 1024
-  local a, b = half(size, size), half(size, size)
-  local rate = 2 * size ^ 3 / seconds(4, function() qm.matmul(a, b) end)
-  a:free()
-  b:free()
-  return rate
-end
-
 print(("%s; group %d"):format(device:info().description, group_size))
-local bandwidth, rate = copy_bandwidth(), gemm_rate()
-print(("ceilings: copy %.2f TB/s, bf16 matrix product %.0f TFLOP/s"):format(bandwidth * 1e-12, rate * 1e-12))
+local most = qm.ceilings.of(device)
+local bandwidth, rate = most.copy, most.gemm
+print(("ceilings: copy %.1f GB/s, bf16 matrix product %.2f TFLOP/s"):format(bandwidth * 1e-9, rate * 1e-12))
 
 local function line(what, rows, time, dense_time, floor)
   print(("%-10s %5d rows  %9.2f us  (%3.0f %% of the ceiling)   dense %9.2f us, %.3f of it"):format(what, rows,
