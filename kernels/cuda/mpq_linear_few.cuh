@@ -13,7 +13,7 @@
 #ifndef QM_MPQ_LINEAR_FEW_CUH
 #define QM_MPQ_LINEAR_FEW_CUH
 
-#include "mpq_linear.cuh"
+#include "mpq_linear_grid.cuh"
 
 namespace mpq_linear {
 

@@ -8,7 +8,7 @@
 #ifndef QM_MPQ_LINEAR_FORWARD_CUH
 #define QM_MPQ_LINEAR_FORWARD_CUH
 
-#include "mpq_linear.cuh"
+#include "mpq_linear_grid.cuh"
 
 namespace mpq_linear {
 

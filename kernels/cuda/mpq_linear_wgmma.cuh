@@ -12,7 +12,7 @@
 #define QM_MPQ_LINEAR_WGMMA_CUH
 
 #include "attention_wgmma.cuh"
-#include "mpq_linear.cuh"
+#include "mpq_linear_grid.cuh"
 
 namespace mpq_linear {
 
