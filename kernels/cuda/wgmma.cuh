@@ -156,9 +156,8 @@ static __device__ __forceinline__ void qm_barrier_arrive(uint64_t *barrier) {
                : "memory");
 }
 /* Arrive for a warp whose products are done with what they read. What lanes read with loads of
-** their
-** own, each says itself that it has read: compute-sanitizer's racecheck follows no lane through
-** __syncwarp. */
+** their own, each says itself that it has read: compute-sanitizer's racecheck follows no lane
+** through __syncwarp. */
 static __device__ __forceinline__ void qm_barrier_arrive_warp(uint64_t *barrier) {
   __syncwarp();
   if (threadIdx.x % 32 == 0) qm_barrier_arrive(barrier);
