@@ -76,9 +76,10 @@ static int32_t launch(qm_cuda *cuda, task_group group) {
   return qm_cuda_launched(cuda, "mpq_linear");
 }
 
-/* Warps enough to fill the device with the blocks that W's columns make: at most 32 a
-** multiprocessor, or 16 with twice the registers. Few bytes under way in each do better than many,
-** and 256 of a row side by side better than 128. */
+/* Warps enough to fill the device with the blocks that W's columns make, all at once if they can:
+** at
+** most 32 a multiprocessor, or 16 with twice the registers. Few bytes under way in each do better
+** than many, and 256 of a row side by side better than 128. */
 template <typename T, int TILES>
 static int32_t launch_few(qm_cuda *cuda, const task_group &group) {
   constexpr int WARPS = 32 / TILES;
@@ -89,6 +90,8 @@ static int32_t launch_few(qm_cuda *cuda, const task_group &group) {
   if (blocks < 1) status = launch<few<few_shape<T, TILES, 1, WARPS, 2 * TILES, 2, 1>>>(cuda, group);
   if (blocks < 2 && status == QM_E_UNSUPPORTED)
     status = launch<few<few_shape<T, TILES, 1, WARPS / 2, 4, 2, 2>>>(cuda, group);
+  if constexpr (TILES == 1)
+    if (blocks >= 4) status = launch<few<few_shape<T, 1, 4, 8, 4, 1, 2>>>(cuda, group);
   if (status == QM_E_UNSUPPORTED)
     status = launch<few<few_shape<T, TILES, 2, 8, 4, 1, 2>>>(cuda, group);
   return status;

@@ -1,4 +1,4 @@
-/* mpq_linear_grid.cuh - scales and zero points of four columns, and weights by them in registers. */
+/* mpq_linear_grid.cuh - scales and zero points of four columns, and weights by them. */
 #ifndef QM_MPQ_LINEAR_GRID_CUH
 #define QM_MPQ_LINEAR_GRID_CUH
 
