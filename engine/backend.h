@@ -173,9 +173,13 @@ typedef struct qm_cross_entropy_args {
 } qm_cross_entropy_args;
 
 /* live and scale of the optimizer steps: what adam points to; see kernels/adam.h. */
-typedef struct qm_adamw_args {
+typedef struct qm_adamw_item {
   qm_array param, grad, exp_avg, exp_avg_sq, live, scale;
   qm_adam adam;
+} qm_adamw_item;
+typedef struct qm_adamw_args {
+  int64_t count;
+  qm_adamw_item step[]; /* [count] */
 } qm_adamw_args;
 typedef struct qm_adam_direction_args {
   qm_array grad, exp_avg, exp_avg_sq, update, live, scale;

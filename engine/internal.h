@@ -112,15 +112,21 @@ typedef struct qm__call {
   int32_t status;
   int32_t size_count;
   int64_t operand_count;
-  qm__extent operands[QM__OPERANDS_MAX];
-  qm__extent *more;   /* those behind them, where there is a list */
-  int64_t more_max;   /* room there */
+  qm__extent few[QM__OPERANDS_MAX];
+  qm__extent *many;   /* instead of few, where there is a list */
+  int64_t many_max;   /* room there */
   int64_t list_bytes; /* of the list at the end of the kernel's arguments */
+  int64_t item;       /* from 1: what is checked is of this item of a list of several; or 0 */
   struct {
     char name[QM__NAME_MAX];
     int64_t value;
   } sizes[QM__SIZES_MAX];
 } qm__call;
+
+/* Of the operands checked so far. */
+static inline qm__extent *qm__extents(qm__call *call) {
+  return call->many == NULL ? call->few : call->many;
+}
 
 qm__call qm__begin(const char *function);
 /* Check x against spec and describe it to the kernel in *out. spec is a type, then a shape:
@@ -137,11 +143,9 @@ void qm__optional(qm__call *call, const char *name, const qm_tensor *x, const ch
 ** up to `operands` operands. */
 void *qm__list_args(qm__call *call, size_t args_bytes, const void *list, int64_t count,
                     size_t item_bytes, int32_t operands);
-/* An operand of item `item` (from 0) of a list of `count`. The items' sizes are their own. */
-void qm__list_operand(qm__call *call, const char *name, int64_t item, int64_t count,
-                      const qm_tensor *x, const char *spec, qm__use use, qm_array *out);
-/* Operand i of those checked so far. */
-const qm__extent *qm__extent_of(const qm__call *call, int64_t i);
+/* What is checked next belongs to item `item` (from 0) of a list of `count`, or, for item = count,
+** to none: sentences say which, and the sizes that an item binds are its own. */
+void qm__list_item(qm__call *call, int64_t item, int64_t count);
 /* Bind a name before operands are checked, or read what they bound. */
 void qm__bind(qm__call *call, const char *name, int64_t value);
 int64_t qm__size(const qm__call *call, const char *name);
@@ -178,7 +182,7 @@ int32_t qm__sync_parent(const char *path);
 typedef struct qm__work {
   double bytes, flops;
 } qm__work;
-qm__work qm__work_of(const qm__call *call, int32_t kernel, const void *args);
+qm__work qm__work_of(qm__call *call, int32_t kernel, const void *args);
 
 /* ---- graph.c ---- */
 

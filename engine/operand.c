@@ -53,7 +53,13 @@ void qm__require(qm__call *call, bool condition, const char *format, ...) {
   va_start(arguments, format);
   vsnprintf(sentence, sizeof sentence, format, arguments);
   va_end(arguments);
-  call->status = qm__fail(QM_E_ARGUMENT, "%s", sentence);
+  const bool is_named = call->item > 0 && strncmp(sentence, "argument '", 10) == 0;
+  const char *quote = is_named ? strchr(sentence + 10, '\'') : NULL;
+  if (quote == NULL)
+    call->status = qm__fail(QM_E_ARGUMENT, "%s", sentence);
+  else /* "argument 'x[3]': expected ..." */
+    call->status = qm__fail(QM_E_ARGUMENT, "%.*s[%lld]%s", (int)(quote - sentence), sentence,
+                            (long long)call->item, quote);
 }
 
 /* Index of a bound size, or -1. */
@@ -212,10 +218,9 @@ void qm__operand(qm__call *call, const char *name, const qm_tensor *x, const cha
   out->dtype = x->dtype;
   out->count = qm__count(x);
   memcpy(out->shape, x->shape, sizeof out->shape);
-  if (call->operand_count < QM__OPERANDS_MAX + call->more_max) {
-    const char *begin = out->data;
-    qm__extent *extent = (qm__extent *)qm__extent_of(call, call->operand_count++);
-    *extent = (qm__extent){name, begin, begin + out->count * qm_dtype_size(x->dtype), use};
+  if (call->operand_count < (call->many == NULL ? QM__OPERANDS_MAX : call->many_max)) {
+    const char *begin = out->data, *end = begin + out->count * qm_dtype_size(x->dtype);
+    qm__extents(call)[call->operand_count++] = (qm__extent){name, begin, end, use};
   }
   if (use != QM__READ) atomic_fetch_add(&x->storage->writes, 1);
   if (call->device->recording != NULL) qm__graph_hold(call->device->recording, x->storage);
@@ -227,10 +232,6 @@ void qm__optional(qm__call *call, const char *name, const qm_tensor *x, const ch
   if (x != NULL) qm__operand(call, name, x, spec, use, out);
 }
 
-const qm__extent *qm__extent_of(const qm__call *call, int64_t i) {
-  return i < QM__OPERANDS_MAX ? &call->operands[i] : &call->more[i - QM__OPERANDS_MAX];
-}
-
 void *qm__list_args(qm__call *call, size_t args_bytes, const void *list, int64_t count,
                     size_t item_bytes, int32_t operands) {
   qm__require(call, count >= 0 && count <= INT32_MAX,
@@ -238,27 +239,20 @@ void *qm__list_args(qm__call *call, size_t args_bytes, const void *list, int64_t
   qm__require(call, list != NULL || count == 0,
               "argument 'count': expected 0 where there is no list, got %lld", (long long)count);
   if (call->status != QM_OK) return NULL;
-  const size_t items = (size_t)count, more = items * (size_t)operands;
+  const size_t items = (size_t)count, most = items * (size_t)operands + QM__OPERANDS_MAX;
   args_bytes += items * item_bytes;
-  char *args = calloc(1, args_bytes + more * sizeof *call->more);
+  char *args = calloc(1, args_bytes + most * sizeof *call->many);
   if (args == NULL) call->status = qm__fail(QM_E_MEMORY, "the host is out of memory");
   if (args == NULL) return NULL;
   call->list_bytes = (int64_t)(items * item_bytes);
-  call->more = (qm__extent *)(void *)(args + args_bytes); /* both are multiples of 8 */
-  call->more_max = (int64_t)more;
+  call->many = (qm__extent *)(void *)(args + args_bytes); /* both are multiples of 8 */
+  call->many_max = (int64_t)most;
   return args;
 }
 
-void qm__list_operand(qm__call *call, const char *name, int64_t item, int64_t count,
-                      const qm_tensor *x, const char *spec, qm__use use, qm_array *out) {
-  char named[64];
-  const int32_t sizes = call->size_count;
-  const int64_t operands = call->operand_count;
-  if (count > 1) snprintf(named, sizeof named, "%s[%lld]", name, (long long)item + 1);
-  qm__operand(call, count > 1 ? named : name, x, spec, use, out);
-  call->size_count = sizes;
-  if (call->operand_count > operands)
-    ((qm__extent *)qm__extent_of(call, operands))->name = name; /* which stays */
+void qm__list_item(qm__call *call, int64_t item, int64_t count) {
+  call->item = count > 1 && item < count ? item + 1 : 0;
+  call->size_count = 0;
 }
 
 void qm__same_shape(qm__call *call, const char *name, const qm_array *a, const qm_array *b) {
@@ -278,18 +272,35 @@ void qm__same_shape(qm__call *call, const char *name, const qm_array *a, const q
   qm__require(call, false, "argument '%s': expected %s, got %s", name, expected_text, got_text);
 }
 
+static int by_begin(const void *left, const void *right) {
+  const qm__extent *a = left, *b = right;
+  return (a->begin > b->begin) - (a->begin < b->begin);
+}
+
+/* May a lie where b does? */
+static bool may_overlap(const qm__extent *a, const qm__extent *b) {
+  const bool same = a->begin == b->begin && a->end == b->end;
+  const bool in_place = a->use == QM__IN_PLACE && b->use == QM__READ;
+  return (same && in_place) || (a->use == QM__READ && b->use == QM__READ);
+}
+
 int32_t qm__finish(qm__call *call) {
-  for (int64_t i = 0; i < call->operand_count && call->status == QM_OK; i++) {
-    const qm__extent *a = qm__extent_of(call, i);
-    if (a->use == QM__READ) continue;
-    for (int64_t j = 0; j < call->operand_count; j++) {
-      const qm__extent *b = qm__extent_of(call, j);
+  if (call->status != QM_OK) return call->status;
+  call->item = 0;
+  qm__extent *extents = qm__extents(call);
+  const bool sorted = call->many != NULL; /* so that only neighbours need be compared */
+  if (sorted) qsort(extents, (size_t)call->operand_count, sizeof *extents, by_begin);
+  for (int64_t i = 0; i < call->operand_count; i++) {
+    const qm__extent *a = &extents[i];
+    for (int64_t j = i + 1; j < call->operand_count; j++) {
+      const qm__extent *b = &extents[j];
+      if (sorted && b->begin >= a->end) break;
       const bool empty = a->begin == a->end || b->begin == b->end;
-      const bool apart = empty || a->end <= b->begin || b->end <= a->begin;
-      const bool same = a->begin == b->begin && a->end == b->end;
-      const bool in_place = same && a->use == QM__IN_PLACE;
-      if (i == j || apart || (in_place && b->use == QM__READ)) continue;
-      qm__require(call, false, "argument '%s': overlaps argument '%s'", a->name, b->name);
+      if (empty || a->end <= b->begin || b->end <= a->begin) continue;
+      const bool a_first = a->use != QM__READ;
+      qm__require(call, may_overlap(a, b) || may_overlap(b, a),
+                  "argument '%s': overlaps argument '%s'", a_first ? a->name : b->name,
+                  a_first ? b->name : a->name);
     }
   }
   return call->status;

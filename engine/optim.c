@@ -52,19 +52,29 @@ int32_t qm_adam_write(const qm_adam *adams, int64_t count, const qm_tensor *live
   return status;
 }
 
-int32_t qm_adamw(const qm_tensor *param, const qm_tensor *grad, const qm_tensor *exp_avg,
-                 const qm_tensor *exp_avg_sq, const qm_adam *adam) {
+static void check_step(qm__call *call, const qm_adamw_step *step, qm_adamw_item *item) {
+  qm__operand(call, "param", step->param, "f32|bf16 [...]", QM__WRITE, &item->param);
+  qm__operand(call, "grad", step->grad, "float [...]", QM__READ, &item->grad);
+  qm__moments(call, step->exp_avg, step->exp_avg_sq, "f32|bf16 [...]", "f32|bf16 [...]",
+              &item->exp_avg, &item->exp_avg_sq);
+  qm__same_shape(call, "grad", &item->param, &item->grad);
+  if (step->exp_avg != NULL) qm__same_shape(call, "exp_avg", &item->param, &item->exp_avg);
+  if (step->exp_avg != NULL) qm__same_shape(call, "exp_avg_sq", &item->param, &item->exp_avg_sq);
+  item->adam = qm__adam(call, &step->adam, &item->live, &item->scale);
+}
+
+int32_t qm_adamw(const qm_adamw_step *steps, int64_t count) {
   qm__call call = qm__begin("qm_adamw");
-  qm_adamw_args args;
-  qm__operand(&call, "param", param, "f32|bf16 [...]", QM__WRITE, &args.param);
-  qm__operand(&call, "grad", grad, "float [...]", QM__READ, &args.grad);
-  qm__moments(&call, exp_avg, exp_avg_sq, "f32|bf16 [...]", "f32|bf16 [...]", &args.exp_avg,
-              &args.exp_avg_sq);
-  qm__same_shape(&call, "grad", &args.param, &args.grad);
-  if (exp_avg != NULL) qm__same_shape(&call, "exp_avg", &args.param, &args.exp_avg);
-  if (exp_avg != NULL) qm__same_shape(&call, "exp_avg_sq", &args.param, &args.exp_avg_sq);
-  args.adam = qm__adam(&call, adam, &args.live, &args.scale);
-  return QM__DISPATCH(call, adamw, &args);
+  qm_adamw_args *args = qm__list_args(&call, sizeof *args, steps, count, sizeof args->step[0], 6);
+  if (args == NULL) return call.status;
+  args->count = count;
+  for (int64_t i = 0; i < count && call.status == QM_OK; i++) {
+    qm__list_item(&call, i, count);
+    check_step(&call, &steps[i], &args->step[i]);
+  }
+  const int32_t status = count == 0 ? QM_OK : QM__DISPATCH(call, adamw, args);
+  free(args);
+  return status;
 }
 
 int32_t qm_adam_direction(const qm_tensor *grad, const qm_tensor *exp_avg,

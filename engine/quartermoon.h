@@ -360,8 +360,12 @@ int32_t qm_adam_write(const qm_adam *adams, int64_t count, const qm_tensor *live
 /* Dense parameter: param f32 or bf16 (then rounded stochastically), grad float, moments f32 or
 ** bf16; all of one shape. exp_avg is m, exp_avg_sq is v; both NULL: grad is u already.
 ** arXiv 1711.05101. */
-int32_t qm_adamw(const qm_tensor *param, const qm_tensor *grad, const qm_tensor *exp_avg,
-                 const qm_tensor *exp_avg_sq, const qm_adam *adam);
+typedef struct qm_adamw_step {
+  const qm_tensor *param, *grad, *exp_avg, *exp_avg_sq;
+  qm_adam adam;
+} qm_adamw_step;
+/* The steps of `count` parameters. */
+int32_t qm_adamw(const qm_adamw_step *steps, int64_t count);
 /* The direction alone, for projected gradients: moments as above, update = u; f32. */
 int32_t qm_adam_direction(const qm_tensor *grad, const qm_tensor *exp_avg,
                           const qm_tensor *exp_avg_sq, const qm_tensor *update,

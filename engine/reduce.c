@@ -50,8 +50,11 @@ int32_t qm_sum_squares(const qm_tensor *const *x, int64_t count, const qm_tensor
   if (args == NULL) return call.status;
   args->count = count;
   args->accumulate = accumulate;
-  for (int64_t i = 0; i < count; i++)
-    qm__list_operand(&call, "x", i, count, x[i], "float [...]", QM__READ, &args->x[i]);
+  for (int64_t i = 0; i < count; i++) {
+    qm__list_item(&call, i, count);
+    qm__operand(&call, "x", x[i], "float [...]", QM__READ, &args->x[i]);
+  }
+  qm__list_item(&call, count, count);
   qm__operand(&call, "out", out, "f32 []", QM__WRITE, &args->out);
   const int32_t status = QM__DISPATCH(call, sum_squares, args);
   free(args);

@@ -6,10 +6,10 @@
 #include "internal.h"
 
 /* Bytes of the operands that the call reads (WRITE false) or writes (true). */
-static double operand_bytes(const qm__call *call, bool written) {
+static double operand_bytes(qm__call *call, bool written) {
   double bytes = 0.0;
   for (int64_t i = 0; i < call->operand_count; i++) {
-    const qm__extent *extent = qm__extent_of(call, i);
+    const qm__extent *extent = &qm__extents(call)[i];
     if ((extent->use != QM__READ) == written) bytes += (double)(extent->end - extent->begin);
   }
   return bytes;
@@ -39,7 +39,7 @@ static double attention_backward_flops(const qm_attention_backward_args *args) {
   return 2.5 * attention_flops(&forward); /* five products for two */
 }
 
-qm__work qm__work_of(const qm__call *call, int32_t kernel, const void *args) {
+qm__work qm__work_of(qm__call *call, int32_t kernel, const void *args) {
   const double written = operand_bytes(call, true);
   qm__work work = {.bytes = operand_bytes(call, false) + written};
   switch (kernel) {

@@ -68,6 +68,41 @@ describe("qm.adamw", function()
     end)
   end
 
+  it("takes the steps of a list as the reference does one by one: any types, sizes, alignments, numbers", function()
+    local there, list, steps = { device = "reference" }, {}, {}
+    local types = { { "f32", "f32", "f32" }, { "f32", "f32", "bf16" }, { "f32", "bf16", "f32" },
+      { "bf16", "f32", "f32" }, { "bf16", "bf16", "bf16" }, { "f32", "f16", "f32" }, { "f32", "bf16", "bf16" },
+      { "bf16", "f32", "bf16" } }
+    local counts = { 0, 1, 7, 4095, 4096, 4097, 3 * 4096 + 2 }
+    local numbers = qm.adam_write({ { step = 9, lr = 0.02, weight_decay = 0.3, seed = 4, parameter = 6 } },
+      qm.zeros({ 1, 16 }, { dtype = "i32", device = testing.device })):reshape(16)
+    local scale, numbers_there = qm.full({}, 0.7), numbers:to("reference")
+    for i = 1, 190 do -- the last all of one type: more than one launch takes
+      local type_of, shape = types[i < 110 and i % 8 + 1 or 1], { counts[i % 7 + 1] }
+      local tensors = { qm.randn(shape, there):to(type_of[1]), qm.randn(shape, there):to(type_of[2]) }
+      if i % 13 > 0 then
+        for j = 3, 4 do tensors[j] = qm.rand(shape, there):to(i % 11 == 0 and j == 3 and "bf16" or type_of[3]) end
+      end
+      local moved = {}
+      for j, tensor in ipairs(tensors) do
+        moved[j] = i % 5 == 0 and testing.shifted(tensor) or tensor:to(testing.device)
+      end
+      local options = { step = i, lr = 0.01 / i, weight_decay = i % 3, seed = 5, parameter = i }
+      local others = { step = i, lr = 0.01 / i, weight_decay = i % 3, seed = 5, parameter = i }
+      if i % 4 == 0 then options.live, others.live = numbers, numbers_there end
+      if i % 2 == 0 then options.scale, others.scale = scale, scale:to("reference") end
+      steps[i] = { param = moved[1], grad = moved[2], exp_avg = moved[3], exp_avg_sq = moved[4], options = options }
+      list[i] = { tensors, moved, others }
+    end
+    assert.equal(steps, qm.adamw(steps))
+    for i, case in ipairs(list) do
+      local w, g, m, v = unpack(case[1], 1, 4)
+      qm.adamw(w, g, m, v, case[3])
+      for j, tensor in ipairs(case[1]) do testing.assert_equal(tensor, case[2][j], ("%d of step %d"):format(j, i)) end
+    end
+    assert.same({}, qm.adamw({}))
+  end)
+
   it("takes a direction where there are no moments", function()
     local w, u = qm.tensor({ 1, -2 }), qm.tensor({ 0.5, 4 })
     qm.adamw(w, u, nil, nil, { step = 1, lr = 0.25, weight_decay = 0.5, correct_bias = false,
@@ -188,5 +223,23 @@ describe("qm.adamw", function()
       "did you mean 'weight_decay'", 1, true)
     assert.error_matches(step(w, w:clone(), w:to("f16"), w:clone(), { step = 1, lr = 1 }),
       "argument 'exp_avg': expected f32|bf16 [...]", 1, true)
+    assert.error_matches(step({}, w), "argument 'param': expected a tensor, got a table", 1, true)
+    assert.error_matches(step({ w }), "argument 'param': expected a tensor, got nothing", 1, true)
+    local list = {}
+    for i = 1, 50 do list[i] = { param = w:clone(), grad = w, options = { step = 1, lr = 1 } } end
+    assert.same({ 0, 0, 0 }, qm.adamw(list)[50].param:totable()[2])
+    list[32] = { param = w:clone(), grad = qm.ones({ 3, 2 }), options = { step = 1, lr = 1 } }
+    assert.error_matches(step(list), "qm.adamw: argument 'grad[32]': expected f32 [2, 3], got f32 [3, 2]", 1, true)
+    list[32] = { param = list[7].param:reshape(6):narrow(5, 1), grad = qm.ones({ 1 }), options = { step = 1, lr = 1 } }
+    assert.error_matches(step(list), "qm.adamw: argument 'param': overlaps argument 'param'", 1, true)
+    assert.same({ 0, 0, 0 }, list[50].param:totable()[2])
+  end)
+
+  it("takes nothing of a list where something is wrong", function()
+    local w = qm.ones({ 2 })
+    local steps = { { param = w, grad = qm.ones({ 2 }), options = { step = 1, lr = 1 } },
+      { param = w:clone(), grad = qm.ones({ 3 }), options = { step = 1, lr = 1 } } }
+    assert.is_false((pcall(qm.adamw, steps)))
+    assert.same({ 1, 1 }, w:totable())
   end)
 end)

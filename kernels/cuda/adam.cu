@@ -1,15 +1,21 @@
-/* adam.cu - AdamW on a dense parameter, and Adam's direction alone.
+/* adam.cu - AdamW on dense parameters, and Adam's direction alone.
 **
 ** Reference: kernels/reference/adam.c, equal bit for bit (IEEE sqrt and divide, no contraction).
-** Launch:    WIDTH elements to a thread, all its loads under way before the first is used.
+** Launch:    WIDTH elements to a thread at a time, all their loads under way before the first is
+**            used; parameters of the same types share launches, a block to a chunk of one.
 ** Cost:      f32: reads 16 and writes 12 bytes an element, memory bound; bf16 moments move 8 less
 **            and draw one Philox block for four elements.
 */
 #include "adam.h"
-#include "device.cuh"
 #include "dtype.h"
+#include "list.cuh"
 
-enum { THREADS = 256, WIDTH = 4 }; /* WIDTH: elements of one Philox block */
+enum {
+  THREADS = 256,
+  WIDTH = 4, /* elements of one Philox block */
+  ROUNDS = 4,
+  CHUNK = ROUNDS * THREADS * WIDTH,
+};
 
 /* ---- elements i .. i + n - 1 in f32; n below WIDTH only at the very end ---- */
 
@@ -69,27 +75,42 @@ static __device__ __forceinline__ void advance(float (&u)[WIDTH], const qm_adam_
   }
 }
 
+/* One parameter's step. */
+struct adamw_item {
+  void *param;
+  const void *grad;
+  void *exp_avg, *exp_avg_sq;
+  int64_t count;
+  qm_adam_source source;
+};
+using adamw_list = qm_list<adamw_item>;
+
 template <typename P, typename G, typename M>
-static __global__ void __launch_bounds__(THREADS)
-    adamw(P *param, const G *grad, M *exp_avg, M *exp_avg_sq, int64_t count,
-          const __grid_constant__ qm_adam_source source) {
-  const int64_t i = ((int64_t)blockIdx.x * THREADS + threadIdx.x) * WIDTH;
-  if (i >= count) return;
-  const int64_t n = count - i < WIDTH ? count - i : WIDTH;
-  qm_pack<P, WIDTH> w = fetch(param, i, n);
-  const qm_pack<G, WIDTH> g = fetch(grad, i, n);
-  qm_pack<M, WIDTH> m = fetch(exp_avg, i, n), v = fetch(exp_avg_sq, i, n);
-  const qm_adam_numbers c = qm_adam_in_force(&source);
+static __global__ void __launch_bounds__(THREADS) adamw(const __grid_constant__ adamw_list list) {
+  int32_t chunk;
+  const adamw_item &step = list.item[list.find(&chunk)];
+  P *param = (P *)step.param;
+  const G *grad = (const G *)step.grad;
+  M *exp_avg = (M *)step.exp_avg, *exp_avg_sq = (M *)step.exp_avg_sq;
+  const int64_t first = (int64_t)chunk * CHUNK + threadIdx.x * WIDTH;
+  const int64_t end = first + CHUNK < step.count ? first + CHUNK : step.count;
+  const qm_adam_numbers c = qm_adam_in_force(&step.source);
   if (c.skip) return;
-  uint32_t words[WIDTH] = {};
-  if (is_half<P> || is_half<M>) draw(c, i, words);
-  float u[WIDTH];
-  advance(u, c, g, m, v, words);
-  for (int j = 0; j < WIDTH; j++)
-    w.at[j] = state_of<P>(qm_adam_move(&c, value_of(w.at[j]), u[j]), qm_weight_bits(words[j]));
-  put(exp_avg, i, n, m);
-  put(exp_avg_sq, i, n, v);
-  put(param, i, n, w);
+  for (int64_t i = first; i < end; i += THREADS * WIDTH) {
+    const int64_t n = step.count - i < WIDTH ? step.count - i : WIDTH;
+    qm_pack<P, WIDTH> w = fetch(param, i, n);
+    const qm_pack<G, WIDTH> g = fetch(grad, i, n);
+    qm_pack<M, WIDTH> m = fetch(exp_avg, i, n), v = fetch(exp_avg_sq, i, n);
+    uint32_t words[WIDTH] = {};
+    if (is_half<P> || is_half<M>) draw(c, i, words);
+    float u[WIDTH];
+    advance(u, c, g, m, v, words);
+    for (int j = 0; j < WIDTH; j++)
+      w.at[j] = state_of<P>(qm_adam_move(&c, value_of(w.at[j]), u[j]), qm_weight_bits(words[j]));
+    put(exp_avg, i, n, m);
+    put(exp_avg_sq, i, n, v);
+    put(param, i, n, w);
+  }
 }
 
 template <typename G, typename M>
@@ -172,30 +193,62 @@ static int32_t launch_any(qm_cuda *cuda, const any_args &args) {
   return qm_cuda_launched(cuda, "adam");
 }
 
-int32_t qm_cuda_adamw(void *context, const qm_adamw_args *args) {
-  QM_CUDA_ENTER(context);
-  const qm_array &param = args->param, &grad = args->grad;
-  const qm_array &exp_avg = args->exp_avg, &exp_avg_sq = args->exp_avg_sq;
-  const int64_t count = param.count, blocks = qm_ceil_div(count, (int64_t)THREADS * WIDTH);
-  const qm_adam_source source =
-      qm_adam_source_of(&args->adam, args->live.data, args->scale.data, exp_avg.data == NULL);
-  if (count == 0) return QM_OK;
-  const bool fast = exp_avg.data != NULL && exp_avg.dtype == exp_avg_sq.dtype && packs(&param) &&
-                    packs(&grad) && packs(&exp_avg) && packs(&exp_avg_sq) && blocks <= INT32_MAX;
-  if (!fast) return launch_any(cuda, {param, grad, exp_avg, exp_avg_sq, {}, source});
-  return with_state(param, [&](auto p) {
-    return with_state(grad, [&](auto g) {
-      return with_state(exp_avg, [&](auto m) {
-        using P = decltype(p);
-        using G = decltype(g);
-        using M = decltype(m);
-        adamw<P, G, M><<<(unsigned)blocks, THREADS, 0, cuda->compute>>>(
-            (P *)param.data, (const G *)grad.data, (M *)exp_avg.data, (M *)exp_avg_sq.data, count,
-            source);
-        return qm_cuda_launched(cuda, "adamw");
+/* Which kernel takes this step: KINDS for adam_any, -1 where there is nothing to do. */
+enum { KINDS = 8 };
+static int32_t kind_of(const qm_adamw_item &step) {
+  const qm_array &m = step.exp_avg, &v = step.exp_avg_sq;
+  if (step.param.count == 0) return -1;
+  if (m.data == NULL || m.dtype != v.dtype || !packs(&step.param) || !packs(&step.grad) ||
+      !packs(&m) || !packs(&v))
+    return KINDS;
+  return (step.param.dtype != QM_F32) * 4 + (step.grad.dtype != QM_F32) * 2 + (m.dtype != QM_F32);
+}
+
+static qm_adam_source source_of(const qm_adamw_item &step) {
+  return qm_adam_source_of(&step.adam, step.live.data, step.scale.data, step.exp_avg.data == NULL);
+}
+
+/* A list of steps, all of the types of `like`. */
+static void launch_list(const qm_cuda *cuda, const qm_adamw_item &like, adamw_list *list) {
+  if (list->count == 0) return;
+  with_state(like.param, [&](auto p) {
+    return with_state(like.grad, [&](auto g) {
+      return with_state(like.exp_avg, [&](auto m) {
+        adamw<decltype(p), decltype(g), decltype(m)>
+            <<<(unsigned)list->chunks(), THREADS, 0, cuda->compute>>>(*list);
+        return QM_OK;
       });
     });
   });
+  list->count = 0;
+}
+
+int32_t qm_cuda_adamw(void *context, const qm_adamw_args *args) {
+  QM_CUDA_ENTER(context);
+  for (int64_t i = 0; i < args->count; i++) {
+    const qm_adamw_item &step = args->step[i];
+    if (kind_of(step) != KINDS) continue;
+    const int32_t status = launch_any(
+        cuda, {step.param, step.grad, step.exp_avg, step.exp_avg_sq, {}, source_of(step)});
+    if (status != QM_OK) return status;
+  }
+  adamw_list list = {};
+  for (int32_t kind = 0; kind < KINDS; kind++) {
+    const qm_adamw_item *like = NULL;
+    for (int64_t i = 0; i < args->count; i++) {
+      const qm_adamw_item &step = args->step[i];
+      if (kind_of(step) != kind) continue;
+      const adamw_item item = {step.param.data,      step.grad.data,   step.exp_avg.data,
+                               step.exp_avg_sq.data, step.param.count, source_of(step)};
+      const int64_t chunks = qm_ceil_div(item.count, CHUNK);
+      like = &step;
+      if (list.add(item, chunks)) continue;
+      launch_list(cuda, *like, &list);
+      list.add(item, chunks);
+    }
+    if (like != NULL) launch_list(cuda, *like, &list);
+  }
+  return qm_cuda_launched(cuda, "adamw");
 }
 
 int32_t qm_cuda_adam_direction(void *context, const qm_adam_direction_args *args) {

@@ -32,18 +32,22 @@ static float advance(const qm_array *grad, const qm_array *exp_avg, const qm_arr
   return u;
 }
 
+static void take_step(const qm_adamw_item *step) {
+  const int32_t is_direction = step->exp_avg.data == NULL;
+  const qm_adam_source source =
+      qm_adam_source_of(&step->adam, step->live.data, step->scale.data, is_direction);
+  const qm_adam_numbers c = qm_adam_in_force(&source);
+  if (c.skip) return;
+  for (int64_t i = 0; i < step->param.count; i++) {
+    const float u = advance(&step->grad, &step->exp_avg, &step->exp_avg_sq, i, &c);
+    const float w = qm_load(step->param.data, step->param.dtype, i);
+    store(&step->param, i, qm_adam_move(&c, w, u), qm_weight_bits(random_bits(&c, i)));
+  }
+}
+
 int32_t qm_reference_adamw(void *context, const qm_adamw_args *args) {
   (void)context;
-  const int32_t is_direction = args->exp_avg.data == NULL;
-  const qm_adam_source source =
-      qm_adam_source_of(&args->adam, args->live.data, args->scale.data, is_direction);
-  const qm_adam_numbers c = qm_adam_in_force(&source);
-  if (c.skip) return QM_OK;
-  for (int64_t i = 0; i < args->param.count; i++) {
-    const float u = advance(&args->grad, &args->exp_avg, &args->exp_avg_sq, i, &c);
-    const float w = qm_load(args->param.data, args->param.dtype, i);
-    store(&args->param, i, qm_adam_move(&c, w, u), qm_weight_bits(random_bits(&c, i)));
-  }
+  for (int64_t i = 0; i < args->count; i++) take_step(&args->step[i]);
   return QM_OK;
 }
 

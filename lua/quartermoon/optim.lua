@@ -200,9 +200,9 @@ function Optim:step()
     stop_if_bad(self, report, bad)
     self.measure:settle(1 / self.accumulate, max_norm)
     if recording then return recorded.step(self, slots, recording, report) end
-    for _, slot in ipairs(skip and {} or slots) do
-      slot:step(slot.options.rates, self.measure:scale(slot.device))
-      slot.steps = slot.steps + 1
+    if not skip then
+      Slot.step(slots, self.measure)
+      for _, slot in ipairs(slots) do slot.steps = slot.steps + 1 end
     end
     return self:end_step(report)
   end)

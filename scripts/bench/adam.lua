@@ -50,3 +50,25 @@ for _, types in ipairs({ { "f32", "f32", "f32" }, { "f32", "f32", "bf16" }, { "f
   end
   for _, tensor in ipairs({ w, g, m, v }) do tensor:free() end
 end
+
+-- GPT-2's parameters in one call: those beside the blocks, and each block's.
+local OTHERS, BLOCK = { 50304 * 768, 1024 * 768, 768, 768 },
+  { 768, 768, 768 * 2304, 2304, 768 * 768, 768, 768, 768, 768 * 3072, 3072, 3072 * 768, 768 }
+for _, dtype in ipairs({ "f32", "bf16" }) do
+  local steps, elements = {}, 0
+  for block = 0, 12 do
+    for _, count in ipairs(block == 0 and OTHERS or BLOCK) do
+      local function zeros(of) return qm.zeros({ count }, { dtype = of }) end
+      steps[#steps + 1] = { param = zeros("f32"), grad = zeros("f32"), exp_avg = zeros(dtype),
+        exp_avg_sq = zeros(dtype), options = { live = row, scale = scale } }
+      elements = elements + count
+    end
+  end
+  local seconds = time(function() qm.adamw(steps) end)
+  local rate = (12 + 4 * SIZE[dtype]) * elements / seconds
+  local what = ("adamw, GPT-2's %d parameters, %s moments, live"):format(#steps, dtype)
+  print(("%-58s %8.0f GB/s %5.1f %% of copy %8.1f us"):format(what, rate / 1e9, 100 * rate / copied, seconds * 1e6))
+  for _, step in ipairs(steps) do
+    for _, key in ipairs({ "param", "grad", "exp_avg", "exp_avg_sq" }) do step[key]:free() end
+  end
+end

@@ -78,6 +78,10 @@ return function(qm, device)
     { "qm.adamw", function()
       return randn(3, 5), randn(3, 5), randn(3, 5), qm.ones({ 3, 5 }, { device = device }), { lr = 0.1, step = 1 }
     end },
+    { "qm.adamw", function()
+      return { { param = randn(3, 5), grad = half(3, 5), exp_avg = randn(3, 5), exp_avg_sq = qm.ones({ 3, 5 },
+        { device = device }), options = { lr = 0.1, step = 1 } } }
+    end },
     { "qm.grad_scale", function()
       return randn():abs(), randn(), randn(), qm.zeros({}, { dtype = "i64", device = device }), { max_norm = 1 }
     end },

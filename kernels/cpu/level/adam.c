@@ -54,27 +54,31 @@ static const uint32_t *draw(uint32_t buffer[QM_BLOCK], int random, const qm_nois
   return buffer;
 }
 
-int32_t QM_CPU(adamw)(void *context, const qm_adamw_args *args) {
-  (void)context;
-  const int32_t is_direction = args->exp_avg.data == NULL;
+static void take_step(const qm_adamw_item *step) {
+  const int32_t is_direction = step->exp_avg.data == NULL;
   const qm_adam_source source =
-      qm_adam_source_of(&args->adam, args->live.data, args->scale.data, is_direction);
+      qm_adam_source_of(&step->adam, step->live.data, step->scale.data, is_direction);
   const qm_adam_numbers c = qm_adam_in_force(&source);
   const qm_noise noise = qm_adam_noise(&c, QM_STREAM_EXP_AVG);
-  const int random = draws(&args->exp_avg, &args->exp_avg_sq, args->param.dtype);
-  const int64_t count = args->param.count;
-  if (c.skip) return QM_OK;
+  const int random = draws(&step->exp_avg, &step->exp_avg_sq, step->param.dtype);
+  const int64_t count = step->param.count;
+  if (c.skip) return;
 #pragma omp parallel for schedule(static) if (count > SERIAL_MAX)
   for (int64_t i = 0; i < count; i += QM_BLOCK) {
     float u[QM_BLOCK], w[QM_BLOCK];
     uint32_t buffer[QM_BLOCK];
     const int64_t n = QM_MIN(QM_BLOCK, count - i);
     const uint32_t *words = draw(buffer, random, &noise, i, n);
-    advance(u, &args->grad, &args->exp_avg, &args->exp_avg_sq, i, n, &c, words);
-    qm_expand(w, args->param.data, args->param.dtype, i, n);
+    advance(u, &step->grad, &step->exp_avg, &step->exp_avg_sq, i, n, &c, words);
+    qm_expand(w, step->param.data, step->param.dtype, i, n);
     for (int64_t j = 0; j < n; j++) w[j] = qm_adam_move(&c, w[j], u[j]);
-    store(w, &args->param, i, n, words, qm_weight_bits);
+    store(w, &step->param, i, n, words, qm_weight_bits);
   }
+}
+
+int32_t QM_CPU(adamw)(void *context, const qm_adamw_args *args) {
+  (void)context;
+  for (int64_t i = 0; i < args->count; i++) take_step(&args->step[i]);
   return QM_OK;
 }
 

@@ -1,4 +1,4 @@
----Adam's step on one dense parameter, Adam's direction alone, and a step's numbers on the device.
+---Adam's step on dense parameters, Adam's direction alone, and a step's numbers on the device.
 ---qm.optim drives them; they are public so that an optimizer of your own can too. Neither is differentiable.
 
 local ffi = require("ffi")
@@ -49,7 +49,7 @@ function M.adam_write(steps, live)
   return live
 end
 
----One AdamW step on a dense parameter, in place.
+---One AdamW step on a dense parameter, in place; or on each of a list of them, in one call.
 ---
 ---    g = grad_scale * grad;  m = beta1 m + (1 - beta1) g;  v = beta2 v + (1 - beta2) g g
 ---    a = lr * (correct_bias and sqrt(1 - beta2^step) / (1 - beta1^step) or 1)
@@ -61,7 +61,8 @@ end
 ---
 ---Source: Loshchilov and Hutter, arXiv 1711.05101 (decoupled weight decay).
 ---
----@param param qm.Tensor       f32 or bf16 [...], overwritten
+---@param param qm.Tensor|table[]  f32 or bf16 [...], overwritten; or, alone, a list of what follows by
+---   name: { param =, grad =, exp_avg =, exp_avg_sq =, options = }, on one device
 ---@param grad qm.Tensor        float, the same shape
 ---@param exp_avg qm.Tensor|nil     m: f32 or bf16, the same shape, overwritten; zeros before the first step
 ---@param exp_avg_sq qm.Tensor|nil  v: likewise; without moments grad is the direction already
@@ -72,15 +73,21 @@ end
 ---                        the numbers above
 ---   scale                f32 {}, read when the kernel runs: multiplies the gradient too (but no
 ---                        direction); where it is not finite, the step changes nothing
----@return qm.Tensor param
----@raise when a type, a shape or an option does not fit
+---@return qm.Tensor|table[] param
+---@raise when a type, a shape or an option does not fit; nothing changes then
 function M.adamw(param, grad, exp_avg, exp_avg_sq, options)
   local name = "qm.adamw"
-  local param_desc, grad_desc = check.desc(name, "param", param), check.desc(name, "grad", grad)
-  local m_desc, v_desc = check.optional_desc(name, "exp_avg", exp_avg), check.optional_desc(name, "exp_avg_sq",
-    exp_avg_sq)
-  local adam = fill(name, options, ffi.new("qm_adam"))
-  binding.check(lib.qm_adamw(param_desc, grad_desc, m_desc, v_desc, adam), name)
+  local list = { { param = param, grad = grad, exp_avg = exp_avg, exp_avg_sq = exp_avg_sq, options = options } }
+  if type(param) == "table" and not getmetatable(param) and grad == nil then list = param end
+  local steps = ffi.new("qm_adamw_step[?]", math.max(#list, 1))
+  for i = 1, #list do
+    local given, step = check.type(name, ("param[%d]"):format(i), list[i], "table"), steps[i - 1]
+    step.param, step.grad = check.desc(name, "param", given.param), check.desc(name, "grad", given.grad)
+    step.exp_avg = check.optional_desc(name, "exp_avg", given.exp_avg)
+    step.exp_avg_sq = check.optional_desc(name, "exp_avg_sq", given.exp_avg_sq)
+    fill(name, given.options, step.adam)
+  end
+  binding.check(lib.qm_adamw(steps, #list), name)
   return param
 end
 

@@ -4,6 +4,7 @@
 
 local raise = require("quartermoon.ffi").raise
 local Measure = require("quartermoon.optim.measure")
+local Slot = require("quartermoon.optim.slot")
 local graph = require("quartermoon.graph")
 local qm = require("quartermoon")
 
@@ -34,7 +35,7 @@ local function take(optim, slot, clip_each)
   local is_bad = optim:is_bad(each, { slot }, open.bad)
   each:settle(1, clip_each or math.huge)
   if not is_bad then
-    slot:step(slot.options.rates, each:scale(slot.device))
+    Slot.step({ slot }, each)
     slot.steps = slot.steps + 1
   end
   slot.param:zero_grad()

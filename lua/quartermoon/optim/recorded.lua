@@ -1,6 +1,7 @@
 ---An optimizer's step inside a qm.graph: recorded once, its numbers written anew before each replay.
 
 local raise = require("quartermoon.ffi").raise
+local Slot = require("quartermoon.optim.slot")
 local qm = require("quartermoon")
 
 local M = {}
@@ -62,17 +63,12 @@ end
 ---@param report qm.optim.Report  the coming step's
 ---@return qm.optim.Report report
 function M.step(optim, slots, recording, report)
-  local takes_part = {}
-  for _, slot in ipairs(slots) do takes_part[slot] = true end
+  local lives = {}
   for _, room in ipairs(optim.rooms) do
-    for i, slot in ipairs(room.slots) do
-      if takes_part[slot] then
-        local row = room.rows:narrow(i, 1):reshape(16)
-        slot:step(slot.options.rates, optim.measure:scale(room.device), row)
-        row:free()
-      end
-    end
+    for i, slot in ipairs(room.slots) do lives[slot] = room.rows:narrow(i, 1):reshape(16) end
   end
+  Slot.step(slots, optim.measure, lives)
+  for _, row in pairs(lives) do row:free() end
   recording:before_replay(function()
     local next_report = optim:begin_report()
     write_numbers(optim.rooms)

@@ -91,10 +91,13 @@ local function projected_direction(self, grad, adam)
   return full
 end
 
-local function step_dense(self, grad, adam)
+---A projector's step is taken now, others with those of the same device.
+local function step_dense(self, grad, adam, together)
   if not self.projector then
     ensure_moments(self, grad)
-    qm.adamw(self.param, grad, self.exp_avg, self.exp_avg_sq, adam)
+    together[self.device] = together[self.device] or {}
+    table.insert(together[self.device], { param = self.param, grad = grad, exp_avg = self.exp_avg,
+      exp_avg_sq = self.exp_avg_sq, options = adam })
     return
   end
   local direction = projected_direction(self, grad, adam)
@@ -116,14 +119,19 @@ local function step_quantized(self, grad, adam)
   if low ~= grad then low:free() end
 end
 
----Take one step with the gradient that is there.
----@param rates { lr: number, lr_next: number }
----@param scale qm.Tensor      f32 {}: multiplies the gradient; not finite: nothing changes
----@param live qm.Tensor|nil   i32 [16]: the step's numbers, then those that lie here, see qm.adam_write
-function Slot:step(rates, scale, live)
-  local grad, adam = self:gradient(), self:next_numbers(rates)
-  adam.scale, adam.live = scale, live
-  if self.quantized then step_quantized(self, grad, adam) else step_dense(self, grad, adam) end
+---Take one step of each of these slots with the gradient that is there; dense parameters in one call.
+---@param slots qm.optim.Slot[]
+---@param measure qm.optim.Measure  whose scale multiplies the gradients; not finite: nothing changes
+---@param lives table|nil           of each slot i32 [16]: the step's numbers, then those that lie here, see
+---   qm.adam_write
+function Slot.step(slots, measure, lives)
+  local together = {}
+  for _, slot in ipairs(slots) do
+    local grad, adam = slot:gradient(), slot:next_numbers(slot.options.rates)
+    adam.scale, adam.live = measure:scale(slot.device), lives and lives[slot]
+    if slot.quantized then step_quantized(slot, grad, adam) else step_dense(slot, grad, adam, together) end
+  end
+  for _, steps in pairs(together) do qm.adamw(steps) end
 end
 
 ---Has it the tensors that a step needs, from an earlier step?
