@@ -243,6 +243,9 @@ describe("qm_mpq_linear", function()
     few(4128, 1048, 64, 16, false)
     few(4128, 64, 32, 2, true)
     few(2080, 160, 32, 9, true)
+    for _, rows in ipairs({ 3, 8, 12 }) do -- columns for one, two and more blocks on each multiprocessor of a GPU
+      for i, n in ipairs({ 4288, 8512, 17024 }) do few(160, n, 32, rows, i % 2 == 0) end
+    end
   end)
 
   it("follows g_idx and q_perm", function()
