@@ -76,7 +76,7 @@ static int32_t launch(qm_cuda *cuda, task_group group) {
   return qm_cuda_launched(cuda, "mpq_linear");
 }
 
-/* Warps enough to fill the device with the blocks that W's columns make, all at once if possible: at
+/* Warps enough to fill the device with the blocks that W's columns make, at once where they can: at
 ** most 32 a multiprocessor, or 16 with twice the registers. Few bytes under way in each do better
 ** than many, and 256 of a row side by side better than 128. */
 template <typename T, int TILES>
