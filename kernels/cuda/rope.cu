@@ -5,45 +5,80 @@
 #include <initializer_list>
 #include <type_traits>
 
-#include "device.cuh"
+#include "pack.cuh"
 
-enum { THREADS = 256 };
+/* HEADS: of a row, under way in a thread at once. BLOCKS: on a multiprocessor. */
+enum { THREADS = 128, HEADS = 2, BLOCKS = 6, BLOCKS_QUEUED = 64, APPEND_THREADS = 256 };
 
-/* A row of a head as packs: `packs` of them to each half. */
+/* WIDTH elements of a head as they lie in memory, one access. */
 template <typename T, int WIDTH>
-static __device__ __forceinline__ void turn(const qm_pack<T, WIDTH> *x, qm_pack<T, WIDTH> *out,
-                                            int64_t packs, const qm_pack<float, WIDTH> &cosine,
+using packed = std::conditional_t<WIDTH == 1, qm_pack<T, 1>, qm_words<4>>;
+
+/* The packs at one place of a head's first and second half, turned. */
+template <typename T, int WIDTH>
+static __device__ __forceinline__ void turn(const packed<T, WIDTH> &a, const packed<T, WIDTH> &b,
+                                            packed<T, WIDTH> *out, int64_t packs,
+                                            const qm_pack<float, WIDTH> &cosine,
                                             const qm_pack<float, WIDTH> &sine, float sign) {
-  const qm_pack<T, WIDTH> a = x[0], b = x[packs];
-  qm_pack<T, WIDTH> first, second;
+  float p[WIDTH], q[WIDTH];
+  if constexpr (WIDTH == 1) {
+    p[0] = qm_float(a.at[0]);
+    q[0] = qm_float(b.at[0]);
+  } else {
+    qm_unpack<T>(a, p);
+    qm_unpack<T>(b, q);
+  }
 #pragma unroll
   for (int j = 0; j < WIDTH; j++) {
-    const float p = qm_float(a.at[j]), q = qm_float(b.at[j]), s = sign * sine.at[j];
-    first.at[j] = qm_as<T>(p * cosine.at[j] - q * s);
-    second.at[j] = qm_as<T>(q * cosine.at[j] + p * s);
+    const float first = p[j], second = q[j], s = sign * sine.at[j];
+    p[j] = first * cosine.at[j] - second * s;
+    q[j] = second * cosine.at[j] + first * s;
   }
-  out[0] = first;
-  out[packs] = second;
+  if constexpr (WIDTH == 1) {
+    out[0] = {{qm_as<T>(p[0])}};
+    out[packs] = {{qm_as<T>(q[0])}};
+  } else {
+    out[0] = qm_repack<T, 4>(p);
+    out[packs] = qm_repack<T, 4>(q);
+  }
 }
 
+/* A thread's packs of several heads are under way while it waits for the position, and then for the
+** angles that all of them turn by. */
 template <typename T, int WIDTH>
-static __global__ void rope(qm_rope_args args, qm_cuda_late *late) {
-  using pack = qm_pack<T, WIDTH>;
+static __global__ void __launch_bounds__(THREADS, BLOCKS)
+    rope(qm_rope_args args, qm_cuda_late *late) {
+  using pack = packed<T, WIDTH>;
   using angles = qm_pack<float, WIDTH>;
   const int64_t packs = args.head_size / 2 / WIDTH;
-  const int32_t *positions = (const int32_t *)args.positions.data;
+  const int32_t heads = (int32_t)args.heads;
   const float sign = args.inverse ? -1.0f : 1.0f;
   const int64_t step = (int64_t)gridDim.x * blockDim.z;
   for (int64_t r = (int64_t)blockIdx.x * blockDim.z + threadIdx.z; r < args.rows; r += step) {
-    const int32_t position = positions[r];
-    if (!qm_index_fits(late, QM_CUDA_OP_rope, position, args.position_count)) continue;
+    const int32_t position = ((const int32_t *)args.positions.data)[r];
     for (int64_t i = threadIdx.x; i < packs; i += blockDim.x) {
-      const angles cosine = ((const angles *)args.cos.data)[position * packs + i];
-      const angles sine = ((const angles *)args.sin.data)[position * packs + i];
-      for (int64_t h = threadIdx.y; h < args.heads; h += blockDim.y) {
-        const int64_t at = (r * args.heads + h) * 2 * packs + i;
-        turn<T, WIDTH>((const pack *)args.x.data + at, (pack *)args.out.data + at, packs, cosine,
-                       sine, sign);
+      const int64_t row = r * heads * 2 * packs + i;
+      const pack *x = (const pack *)args.x.data + row;
+      pack *out = (pack *)args.out.data + row;
+      for (int32_t h = threadIdx.y; h < heads; h += HEADS * blockDim.y) {
+        pack first[HEADS], second[HEADS];
+#pragma unroll
+        for (int k = 0; k < HEADS; k++) {
+          const int32_t head = h + k * blockDim.y;
+          if (head >= heads) continue;
+          first[k] = x[head * 2 * packs];
+          second[k] = x[head * 2 * packs + packs];
+        }
+        if (!qm_index_fits(late, QM_CUDA_OP_rope, position, args.position_count)) break;
+        const int64_t at = (int64_t)position * packs + i;
+        const angles cosine = ((const angles *)args.cos.data)[at];
+        const angles sine = ((const angles *)args.sin.data)[at];
+#pragma unroll
+        for (int k = 0; k < HEADS; k++) {
+          const int32_t head = h + k * blockDim.y;
+          if (head >= heads) continue;
+          turn<T, WIDTH>(first[k], second[k], out + head * 2 * packs, packs, cosine, sine, sign);
+        }
       }
     }
   }
@@ -52,7 +87,7 @@ static __global__ void rope(qm_rope_args args, qm_cuda_late *late) {
 /* blockIdx.y goes over the heads of q, then those of k, then those of v, blockDim.y at a time. */
 template <typename T, int WIDTH>
 static __global__ void rope_append(qm_rope_append_args args, qm_cuda_late *late) {
-  using pack = qm_pack<T, WIDTH>;
+  using pack = packed<T, WIDTH>;
   using angles = qm_pack<float, WIDTH>;
   const int64_t packs = args.head_size / 2 / WIDTH, all = args.heads + 2 * args.kv_heads;
   const int64_t head = (int64_t)blockIdx.y * blockDim.y + threadIdx.y;
@@ -80,15 +115,16 @@ static __global__ void rope_append(qm_rope_append_args args, qm_cuda_late *late)
         target[packs] = source[packs];
         continue;
       }
-      turn<T, WIDTH>(source, target, packs, ((const angles *)args.cos.data)[position * packs + i],
+      turn<T, WIDTH>(source[0], source[packs], target, packs,
+                     ((const angles *)args.cos.data)[position * packs + i],
                      ((const angles *)args.sin.data)[position * packs + i], 1.0f);
     }
   }
 }
 
 /* Threads along the packs of a half, heads, rows. */
-static dim3 block_of(int64_t packs, int64_t heads) {
-  const int64_t threads = THREADS, x = packs < threads ? packs : threads;
+static dim3 block_of(int64_t threads, int64_t packs, int64_t heads) {
+  const int64_t x = packs < threads ? packs : threads;
   const int64_t y = heads < threads / x ? heads : threads / x;
   const int64_t z = threads / (x * y) > 64 ? 64 : threads / (x * y); /* 64: the device's limit */
   return dim3((unsigned)x, (unsigned)y, (unsigned)z);
@@ -117,10 +153,10 @@ int32_t qm_cuda_rope(void *context, const qm_rope_args *args) {
   return qm_with_float(args->x.dtype, [&](auto element) {
     using T = decltype(element);
     with_width<T>(aligned, args->head_size, [&](auto width) {
-      const dim3 block = block_of(args->head_size / 2 / width.value, args->heads);
-      rope<T, width.value>
-          <<<qm_blocks(cuda, args->rows, (int32_t)block.z), block, 0, cuda->compute>>>(
-              *args, cuda->late_device);
+      const dim3 block =
+          block_of(THREADS, args->head_size / 2 / width.value, qm_ceil_div(args->heads, HEADS));
+      rope<T, width.value><<<qm_blocks(cuda, args->rows, (int32_t)block.z, BLOCKS_QUEUED), block, 0,
+                             cuda->compute>>>(*args, cuda->late_device);
     });
     return qm_cuda_launched(cuda, "rope");
   });
@@ -136,7 +172,7 @@ int32_t qm_cuda_rope_append(void *context, const qm_rope_append_args *args) {
     using T = decltype(element);
     with_width<T>(aligned, args->head_size, [&](auto width) {
       const int64_t all = args->heads + 2 * args->kv_heads;
-      const dim3 block = block_of(args->head_size / 2 / width.value, all);
+      const dim3 block = block_of(APPEND_THREADS, args->head_size / 2 / width.value, all);
       const dim3 grid(qm_blocks(cuda, args->rows, (int32_t)block.z),
                       (unsigned)qm_ceil_div(all, block.y));
       qm_launch_early(cuda, rope_append<T, width.value>, grid, block, 0, *args, cuda->late_device);
