@@ -11,6 +11,15 @@ __device__ __forceinline__ void qm_copy_async(void *shared, const void *global, 
                "r"(there ? 16 : 0)
                : "memory");
 }
+__device__ __forceinline__ void qm_copy_async(void *shared, const void *global) {
+  const uint32_t at = (uint32_t)__cvta_generic_to_shared(shared);
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;\n" ::"r"(at), "l"(global) : "memory");
+}
+/* One number. */
+__device__ __forceinline__ void qm_copy_number(float *shared, const float *global) {
+  const uint32_t at = (uint32_t)__cvta_generic_to_shared(shared);
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;\n" ::"r"(at), "l"(global) : "memory");
+}
 __device__ __forceinline__ void qm_copy_commit() {
   asm volatile("cp.async.commit_group;\n" ::: "memory");
 }

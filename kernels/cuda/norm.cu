@@ -1,8 +1,8 @@
 /* norm.cu - rows normalised: RMSNorm (arXiv 1910.07467), LayerNorm (arXiv 1607.06450), forward. A
 ** warp or a block takes one row at a time, all of it in registers, and keeps the weights there from
-** row to row. Memory bound: x (and the residual) read once, out (and the sum) written once. */
+** row to row, while the next rows come to shared memory. Memory bound: x (and the residual) read
+** once, out (and the sum) written once. */
 #include "norm.cuh"
-#include "pack.cuh"
 
 enum { NARROW_ROWS = QM_NORM_THREADS / 32, THREADS_WANTED = 256 };
 
@@ -30,50 +30,56 @@ static __device__ __forceinline__ float2 statistics(const float (&x)[PACKS][WIDT
   return {mean, 1.0f / sqrtf(squares[0] / columns + eps)};
 }
 
-/* One row as it lies in memory. */
+/* A warp's part of one row in shared memory, as it lies in memory. Each thread copies and reads its
+** own packs alone, so that copies need no barrier. */
 template <int PACKS>
-struct row_packs {
-  qm_words<4> x[PACKS], residual[PACKS];
+struct row_part {
+  qm_words<4> x[PACKS][32], residual[PACKS][32];
 };
 
+/* A row's part, from pack `from` of each tensor on. */
 template <int PACKS>
-static __device__ __forceinline__ void load(const qm_cuda_norm &args, int64_t r, int packs,
-                                            row_packs<PACKS> &in) {
+static __device__ __forceinline__ void fetch(const qm_cuda_norm &args, bool there, int64_t from,
+                                             int packs, row_part<PACKS> &to) {
+  using pack = qm_words<4>;
+  const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int p = 0; p < PACKS; p++) {
-    const int at = threadIdx.x + p * blockDim.x;
-    if (at >= packs) continue;
-    in.x[p] = ((const qm_words<4> *)args.x)[r * packs + at];
-    if (args.sum != NULL) in.residual[p] = ((const qm_words<4> *)args.residual)[r * packs + at];
+    if (!there || threadIdx.x + p * blockDim.x >= packs) continue;
+    qm_copy_async(&to.x[p][lane], (const pack *)args.x + from + p * blockDim.x);
+    if (args.sum != NULL)
+      qm_copy_async(&to.residual[p][lane], (const pack *)args.residual + from + p * blockDim.x);
   }
+  qm_copy_commit();
 }
 
-/* NARROW: a warp to a row, blockDim.y rows in a block. The next row is on its way while one is
-** worked on, where registers suffice. */
+/* NARROW: a warp to a row, blockDim.y rows in a block. */
 template <bool CENTER, typename T, int WIDTH, int PACKS, bool NARROW>
 static __global__ void __launch_bounds__(NARROW ? QM_NORM_THREADS : QM_NORM_THREADS_WIDE)
-    norm(qm_cuda_norm args, int packs) {
-  constexpr bool AHEAD = NARROW || PACKS <= 2;
+    norm(qm_cuda_norm args, int packs, int ahead) {
+  extern __shared__ uint4 shared[];
   __shared__ float partial[2][2][32];
   qm_take_turn();
-  const int first = threadIdx.x, step = blockDim.x;
+  const int first = threadIdx.x, step = blockDim.x, lane = first % 32;
   const int64_t rows_step = (int64_t)gridDim.x * blockDim.y;
-  float weight[PACKS][WIDTH], bias[PACKS][WIDTH];
-#pragma unroll
-  for (int p = 0; p < PACKS; p++)
-    for (int i = 0; i < WIDTH && first + p * step < packs; i++) {
-      const int64_t c = (int64_t)(first + p * step) * WIDTH + i;
-      weight[p][i] = qm_any_float(args.weight, args.weight_dtype, c);
-      if (CENTER)
-        bias[p][i] = args.bias == NULL ? 0.0f : qm_any_float(args.bias, args.weight_dtype, c);
-    }
+  row_part<PACKS> *const ring =
+      (row_part<PACKS> *)shared + (NARROW ? threadIdx.y : first / 32) * (ahead + 1);
   int64_t r = (int64_t)blockIdx.x * blockDim.y + threadIdx.y;
-  row_packs<PACKS> in;
-  if (r < args.rows) load(args, r, packs, in);
+  int64_t next = r, from = r * packs + first; /* of the row to fetch */
+  for (int a = 0; a < ahead; a++, next += rows_step, from += rows_step * packs)
+    fetch(args, next < args.rows, from, packs, ring[a]);
+  float weight[PACKS][WIDTH], bias[PACKS][WIDTH];
+  qm_read_packs(args.weight, args.weight_dtype, packs, weight);
+  if (CENTER) qm_read_packs(args.bias, args.weight_dtype, packs, bias);
+  int slot = 0, free = ahead; /* of the row worked on; of the one before it */
   for (int turn = 0; r < args.rows; r += rows_step, turn ^= 1) {
-    row_packs<PACKS> next;
-    const bool more = r + rows_step < args.rows;
-    if (AHEAD && more) load(args, r + rows_step, packs, next);
+    fetch(args, next < args.rows, from, packs, ring[free]);
+    next += rows_step;
+    from += rows_step * packs;
+    qm_await_row(ahead);
+    const row_part<PACKS> &in = ring[slot];
+    free = slot;
+    slot = slot == ahead ? 0 : slot + 1;
     const int64_t row = r * packs;
     float x[PACKS][WIDTH];
 #pragma unroll
@@ -81,10 +87,10 @@ static __global__ void __launch_bounds__(NARROW ? QM_NORM_THREADS : QM_NORM_THRE
       const int at = first + p * step;
       for (int i = 0; i < WIDTH; i++) x[p][i] = 0.0f;
       if (at >= packs) continue;
-      qm_unpack<T>(in.x[p], x[p]);
+      qm_unpack<T>(in.x[p][lane], x[p]);
       if (args.sum == NULL) continue;
       float residual[WIDTH];
-      qm_unpack<T>(in.residual[p], residual);
+      qm_unpack<T>(in.residual[p][lane], residual);
       for (int i = 0; i < WIDTH; i++) x[p][i] += residual[i];
       const qm_words<4> sum = qm_repack<T, 4>(x[p]);
       ((qm_words<4> *)args.sum)[row + at] = sum;
@@ -106,8 +112,6 @@ static __global__ void __launch_bounds__(NARROW ? QM_NORM_THREADS : QM_NORM_THRE
       }
       ((qm_words<4> *)args.out)[row + first + p * step] = qm_repack<T, 4>(out);
     }
-    if (AHEAD && more) in = next;
-    if (!AHEAD && more) load(args, r + rows_step, packs, in);
   }
 }
 
@@ -149,15 +153,19 @@ static __global__ void norm_any(qm_cuda_norm args) {
 }
 
 template <bool CENTER, typename T, int PACKS, bool NARROW>
-static void launch_shape(qm_cuda *cuda, const qm_cuda_norm *args, const qm_norm_shape &shape) {
+static int32_t launch_shape(qm_cuda *cuda, const qm_cuda_norm *args, const qm_norm_shape &shape) {
   const auto kernel = norm<CENTER, T, 16 / sizeof(T), PACKS, NARROW>;
-  const unsigned blocks = qm_norm_blocks(cuda, kernel, args->rows, shape);
-  const dim3 block((unsigned)shape.threads, (unsigned)shape.rows);
-  qm_launch_early(cuda, kernel, dim3(blocks), block, 0, *args, shape.packs);
+  qm_norm_launch plan;
+  const int32_t status = qm_norm_plan(cuda, args->name, kernel, args->rows, shape,
+                                      (int32_t)sizeof(row_part<PACKS>), &plan);
+  if (status != QM_OK) return status;
+  qm_launch_early(cuda, kernel, dim3(plan.blocks), plan.block, plan.bytes, *args, shape.packs,
+                  plan.ahead);
+  return qm_cuda_launched(cuda, args->name);
 }
 
 template <bool CENTER, typename T>
-static void launch(qm_cuda *cuda, const qm_cuda_norm *args) {
+static int32_t launch(qm_cuda *cuda, const qm_cuda_norm *args) {
   const bool aligned = qm_aligned(args->x, 16) && qm_aligned(args->residual, 16) &&
                        qm_aligned(args->sum, 16) && qm_aligned(args->out, 16);
   const qm_norm_shape shape = qm_norm_shape_of(args->columns, 16 / sizeof(T), aligned, NARROW_ROWS,
@@ -165,6 +173,7 @@ static void launch(qm_cuda *cuda, const qm_cuda_norm *args) {
   if (shape.per_thread == 0) {
     const unsigned blocks = qm_blocks(cuda, args->rows, 1, 8);
     norm_any<CENTER, T><<<blocks, shape.threads, 0, cuda->compute>>>(*args);
+    return qm_cuda_launched(cuda, args->name);
   } else if (shape.threads == 32) {
     switch (shape.per_thread) {
       case 1: return launch_shape<CENTER, T, 1, true>(cuda, args, shape);
@@ -185,10 +194,6 @@ int32_t qm_cuda_norm_run(qm_cuda *cuda, const qm_cuda_norm *args) {
   if (args->rows == 0) return QM_OK;
   return qm_with_float(args->dtype, [&](auto element) {
     using T = decltype(element);
-    if (args->mean != NULL)
-      launch<true, T>(cuda, args);
-    else
-      launch<false, T>(cuda, args);
-    return qm_cuda_launched(cuda, args->name);
+    return args->mean != NULL ? launch<true, T>(cuda, args) : launch<false, T>(cuda, args);
   });
 }

@@ -3,7 +3,8 @@
 #ifndef QM_NORM_CUH
 #define QM_NORM_CUH
 
-#include "device.cuh"
+#include "copy_async.cuh"
+#include "pack.cuh"
 
 typedef struct qm_cuda_norm {
   const char *name;          /* of the operation, for errors */
@@ -52,6 +53,26 @@ __device__ __forceinline__ float qm_any_float(const void *data, int32_t dtype, i
   return qm_float(((const __half *)data)[i]);
 }
 
+/* A row's elements in this thread's packs, which are threadIdx.x + p blockDim.x of the row's. Zeros
+** beyond the row's end, and where there is no row. */
+template <typename T, int PACKS, int WIDTH>
+__device__ __forceinline__ void qm_read_packs(const T *data, int packs, float (&v)[PACKS][WIDTH]) {
+  const bool aligned = (uintptr_t)data % 16 == 0;
+#pragma unroll
+  for (int p = 0; p < PACKS; p++) {
+    const int at = threadIdx.x + p * blockDim.x;
+    const bool there = data != NULL && at < packs;
+    qm_read<WIDTH>(data + (int64_t)at * WIDTH, there && aligned, there ? WIDTH : 0, v[p]);
+  }
+}
+template <int PACKS, int WIDTH>
+__device__ __forceinline__ void qm_read_packs(const void *data, int32_t dtype, int packs,
+                                              float (&v)[PACKS][WIDTH]) {
+  if (dtype == QM_F32) return qm_read_packs((const float *)data, packs, v);
+  if (dtype == QM_BF16) return qm_read_packs((const __nv_bfloat16 *)data, packs, v);
+  qm_read_packs((const __half *)data, packs, v);
+}
+
 /* How a block holds its rows, `rows` of them at a time: each as `packs` of one access, `per_thread`
 ** (1 to 4) of them in each of `threads` threads. Narrow rows have a warp each, which needs no
 ** barrier; a wide row has the block. per_thread 0: the row is too long or not aligned, and is read
@@ -76,15 +97,48 @@ static inline qm_norm_shape qm_norm_shape_of(int64_t columns, int64_t width, boo
   return {(int32_t)packs, per_thread, (int32_t)threads, 1};
 }
 
-/* Blocks that walk all rows and are resident at once. */
+/* Blocks that walk all rows and are resident at once, and what each keeps in shared memory: beside
+** the row worked on, `ahead` rows on their way. */
+typedef struct qm_norm_launch {
+  unsigned blocks;
+  dim3 block;
+  int32_t ahead, bytes;
+} qm_norm_launch;
+
+/* Rows under way behind the one at work: with two, an H200 took up to 7 % longer. */
+enum { QM_NORM_AHEAD = 1 };
+
+/* part_bytes: a warp's part of a row. Rows so long that a block has memory for one come one by
+** one. */
 template <typename Kernel>
-static inline unsigned qm_norm_blocks(const qm_cuda *cuda, Kernel kernel, int64_t rows,
-                                      const qm_norm_shape &shape) {
-  int resident = 0;
-  const cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(
-      &resident, kernel, shape.threads * shape.rows, 0);
-  if (error != cudaSuccess || resident < 1) resident = 1;
-  return qm_blocks(cuda, rows, shape.rows, resident);
+static inline int32_t qm_norm_plan(const qm_cuda *cuda, const char *name, Kernel kernel,
+                                   int64_t rows, const qm_norm_shape &shape, int32_t part_bytes,
+                                   qm_norm_launch *out) {
+  int most = 0, resident = 0;
+  const int32_t status = qm_cuda_check(
+      cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, cuda->index), name);
+  if (status != QM_OK) return status;
+  const int32_t threads = shape.threads * shape.rows, row = threads / 32 * part_bytes;
+  out->ahead = (QM_NORM_AHEAD + 1) * row <= most - 1024 ? QM_NORM_AHEAD : 0; /* 1024: its sums */
+  out->bytes = (out->ahead + 1) * row;
+  out->block = dim3((unsigned)shape.threads, (unsigned)shape.rows);
+  const cudaError_t errors[] = {
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, out->bytes),
+      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads,
+                                                    (size_t)out->bytes)};
+  for (const cudaError_t error : errors)
+    if (const int32_t failed = qm_cuda_check(error, name)) return failed;
+  if (resident < 1) resident = 1;
+  out->blocks = qm_blocks(cuda, rows, shape.rows, resident);
+  return QM_OK;
+}
+
+/* Wait until the oldest of this thread's `ahead` + 1 rows is there. */
+__device__ __forceinline__ void qm_await_row(int32_t ahead) {
+  if (ahead == QM_NORM_AHEAD)
+    qm_copy_wait<QM_NORM_AHEAD>();
+  else
+    qm_copy_wait<0>();
 }
 
 #endif

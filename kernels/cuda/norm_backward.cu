@@ -3,89 +3,104 @@
 ** mean(g) where the row is not centred. dweight += dout y and dbias += dout over the rows: every
 ** block sums its own rows in registers, then column_sums adds the blocks' sums in their order. */
 #include "norm.cuh"
-#include "pack.cuh"
 
-enum { NARROW_ROWS = 2, THREADS_WANTED = 512, COLUMNS = 32, STRIPES = 32 };
+enum { NARROW_ROWS = 4, THREADS_WANTED = 128, COLUMNS = 32, STRIPES = 32 };
 
-/* One row as it lies in memory, and its statistics. */
+/* A warp's part of one row in shared memory, as it lies in memory. Each thread copies and reads its
+** own packs and numbers alone, so that copies need no barrier. */
 template <int PACKS>
-struct row_packs {
-  qm_words<4> dout[PACKS], x[PACKS], dsum[PACKS];
-  float rstd, mean;
+struct row_part {
+  qm_words<4> dout[PACKS][32], x[PACKS][32], dsum[PACKS][32];
+  float rstd[32], mean[32];
 };
 
+/* Row r's part, from pack `from` of each tensor on. */
 template <bool CENTER, int PACKS>
-static __device__ __forceinline__ void load(const qm_cuda_norm_backward &args, int64_t r, int packs,
-                                            row_packs<PACKS> &in) {
+static __device__ __forceinline__ void fetch(const qm_cuda_norm_backward &args, int64_t r,
+                                             int64_t from, int packs, row_part<PACKS> &to) {
   using pack = qm_words<4>;
-  in.rstd = args.rstd[r];
-  in.mean = CENTER ? args.mean[r] : 0.0f;
+  const int lane = threadIdx.x % 32;
+  if (r < args.rows) {
+    qm_copy_number(&to.rstd[lane], args.rstd + r);
+    if (CENTER) qm_copy_number(&to.mean[lane], args.mean + r);
 #pragma unroll
-  for (int p = 0; p < PACKS; p++) {
-    const int at = threadIdx.x + p * blockDim.x;
-    if (at >= packs) continue;
-    in.dout[p] = ((const pack *)args.dout)[r * packs + at];
-    in.x[p] = ((const pack *)args.x)[r * packs + at];
-    if (args.dsum != NULL) in.dsum[p] = ((const pack *)args.dsum)[r * packs + at];
+    for (int p = 0; p < PACKS; p++) {
+      if (threadIdx.x + p * blockDim.x >= packs) continue;
+      qm_copy_async(&to.dout[p][lane], (const pack *)args.dout + from + p * blockDim.x);
+      qm_copy_async(&to.x[p][lane], (const pack *)args.x + from + p * blockDim.x);
+      if (args.dsum != NULL)
+        qm_copy_async(&to.dsum[p][lane], (const pack *)args.dsum + from + p * blockDim.x);
+    }
   }
+  qm_copy_commit();
 }
 
-/* One thread's part of its block's sums to sums (or added to what is there), 16 bytes at a time. */
+/* The block's sums of its rows' `x` go to sums[0 .. columns), 16 bytes at a time: a lone row's at
+** once, several rows' through shared memory, in the rows' order. */
 template <int PACKS, int WIDTH>
-static __device__ __forceinline__ void put(const float (&x)[PACKS][WIDTH], int packs, bool add,
+static __device__ __forceinline__ void put(const float (&x)[PACKS][WIDTH], int packs, float *shared,
                                            float *sums) {
   using four = qm_pack<float, 4>;
+  const int fours = packs * (WIDTH / 4), rows = blockDim.y;
+  four *place = (four *)(rows == 1 ? sums : shared) + threadIdx.y * fours;
+  __syncthreads(); /* what was there may still be read */
 #pragma unroll
   for (int p = 0; p < PACKS; p++) {
     const int at = threadIdx.x + p * blockDim.x;
     if (at >= packs) continue;
 #pragma unroll
-    for (int i = 0; i < WIDTH; i += 4) {
-      four *place = (four *)(sums + (int64_t)at * WIDTH + i);
-      four sum = {{x[p][i], x[p][i + 1], x[p][i + 2], x[p][i + 3]}};
-      if (add)
-        for (int k = 0; k < 4; k++) sum.at[k] += place->at[k];
-      *place = sum;
-    }
+    for (int i = 0; i < WIDTH; i += 4)
+      place[at * (WIDTH / 4) + i / 4] = {{x[p][i], x[p][i + 1], x[p][i + 2], x[p][i + 3]}};
+  }
+  if (rows == 1) return;
+  __syncthreads();
+  const int first = threadIdx.y * blockDim.x + threadIdx.x, step = blockDim.x * rows;
+  for (int c = first; c < fours; c += step) {
+    four sum = ((four *)shared)[c];
+    for (int y = 1; y < rows; y++)
+      for (int k = 0; k < 4; k++) sum.at[k] += ((four *)shared)[y * fours + c].at[k];
+    ((four *)sums)[c] = sum;
   }
 }
 
 /* Block b's sums are row b of `sums` [2, blocks, columns]: dweight's, then dbias's. NARROW: a warp
-** to a row, blockDim.y rows in a block. The next row is on its way while one is worked on. */
+** to a row, blockDim.y rows in a block. */
 template <bool CENTER, typename T, int WIDTH, int PACKS, bool NARROW>
 static __global__ void __launch_bounds__(NARROW ? QM_NORM_THREADS : QM_NORM_THREADS_WIDE)
-    norm_backward(qm_cuda_norm_backward args, int packs, float *sums) {
-  constexpr bool AHEAD = NARROW || PACKS == 1;
+    norm_backward(qm_cuda_norm_backward args, int packs, int ahead, float *sums) {
+  extern __shared__ uint4 shared[];
   __shared__ float partial[2][2][32];
-  const int first = threadIdx.x, step = blockDim.x;
+  const int first = threadIdx.x, step = blockDim.x, lane = first % 32;
   const int64_t rows_step = (int64_t)gridDim.x * blockDim.y;
   const float columns = (float)args.columns;
-  float weight[PACKS][WIDTH], dweight[PACKS][WIDTH], dbias[PACKS][WIDTH];
-#pragma unroll
-  for (int p = 0; p < PACKS; p++)
-    for (int i = 0; i < WIDTH; i++) {
-      const int at = first + p * step;
-      dweight[p][i] = dbias[p][i] = weight[p][i] = 0.0f;
-      if (at < packs)
-        weight[p][i] = qm_any_float(args.weight, args.weight_dtype, (int64_t)at * WIDTH + i);
-    }
+  row_part<PACKS> *const ring =
+      (row_part<PACKS> *)shared + (NARROW ? threadIdx.y : first / 32) * (ahead + 1);
   int64_t r = (int64_t)blockIdx.x * blockDim.y + threadIdx.y;
-  row_packs<PACKS> in;
-  if (r < args.rows) load<CENTER>(args, r, packs, in);
+  int64_t next = r, from = r * packs + first; /* of the row to fetch */
+  for (int a = 0; a < ahead; a++, next += rows_step, from += rows_step * packs)
+    fetch<CENTER>(args, next, from, packs, ring[a]);
+  float weight[PACKS][WIDTH], dweight[PACKS][WIDTH] = {}, dbias[PACKS][WIDTH] = {};
+  qm_read_packs(args.weight, args.weight_dtype, packs, weight);
+  int slot = 0, free = ahead; /* of the row worked on; of the one before it */
   for (int turn = 0; r < args.rows; r += rows_step, turn ^= 1) {
-    row_packs<PACKS> next;
-    const bool more = r + rows_step < args.rows;
-    if (AHEAD && more) load<CENTER>(args, r + rows_step, packs, next);
+    fetch<CENTER>(args, next, from, packs, ring[free]);
+    next += rows_step;
+    from += rows_step * packs;
+    qm_await_row(ahead);
+    const row_part<PACKS> &in = ring[slot];
+    free = slot;
+    slot = slot == ahead ? 0 : slot + 1;
+    const float rstd = in.rstd[lane], mean = CENTER ? in.mean[lane] : 0.0f;
     float means[CENTER ? 2 : 1] = {}; /* of g y and of g */
 #pragma unroll
     for (int p = 0; p < PACKS; p++) {
       if (first + p * step >= packs) continue;
       float dout[WIDTH], x[WIDTH];
-      qm_unpack<T>(in.dout[p], dout);
-      qm_unpack<T>(in.x[p], x);
+      qm_unpack<T>(in.dout[p][lane], dout);
+      qm_unpack<T>(in.x[p][lane], x);
 #pragma unroll
       for (int i = 0; i < WIDTH; i++) {
-        const float d = dout[i], g = d * weight[p][i], y = (x[i] - in.mean) * in.rstd;
+        const float d = dout[i], g = d * weight[p][i], y = (x[i] - mean) * rstd;
         means[0] = fmaf(g, y, means[0]);
         dweight[p][i] = fmaf(d, y, dweight[p][i]);
         if constexpr (CENTER) {
@@ -102,28 +117,23 @@ static __global__ void __launch_bounds__(NARROW ? QM_NORM_THREADS : QM_NORM_THRE
     for (int p = 0; p < PACKS; p++) {
       if (first + p * step >= packs) continue;
       float dout[WIDTH], x[WIDTH], dsum[WIDTH] = {};
-      qm_unpack<T>(in.dout[p], dout);
-      qm_unpack<T>(in.x[p], x);
-      if (args.dsum != NULL) qm_unpack<T>(in.dsum[p], dsum);
+      qm_unpack<T>(in.dout[p][lane], dout);
+      qm_unpack<T>(in.x[p][lane], x);
+      if (args.dsum != NULL) qm_unpack<T>(in.dsum[p][lane], dsum);
 #pragma unroll
       for (int i = 0; i < WIDTH; i++) {
-        const float g = dout[i] * weight[p][i], y = (x[i] - in.mean) * in.rstd;
-        x[i] = in.rstd * (fmaf(-y, mean_gy, g) - mean_g) + dsum[i];
+        const float g = dout[i] * weight[p][i], y = (x[i] - mean) * rstd;
+        x[i] = rstd * (fmaf(-y, mean_gy, g) - mean_g) + dsum[i];
       }
       ((qm_words<4> *)args.dx)[r * packs + first + p * step] = qm_repack<T, 4>(x);
     }
-    if (AHEAD && more) in = next;
-    if (!AHEAD && more) load<CENTER>(args, r + rows_step, packs, in);
   }
+  qm_let_next_begin();
   if (sums == NULL) return;
+  qm_copy_wait<0>();
   sums += blockIdx.x * args.columns;
-  for (int y = 0; y < (int)blockDim.y; y++) { /* the block's rows by turns, in order */
-    if (y == (int)threadIdx.y) {
-      put(dweight, packs, y > 0, sums);
-      if (CENTER) put(dbias, packs, y > 0, sums + (int64_t)gridDim.x * args.columns);
-    }
-    __syncthreads();
-  }
+  put(dweight, packs, (float *)shared, sums);
+  if (CENTER) put(dbias, packs, (float *)shared, sums + (int64_t)gridDim.x * args.columns);
 }
 
 /* Rows of any length and alignment, an element at a time; the block's sums gather in memory. */
@@ -166,11 +176,13 @@ static __global__ void column_sums(const float *sums, int rows, int64_t columns,
                                    float *dbias) {
   __shared__ float stripes[STRIPES][COLUMNS];
   float *out = blockIdx.y == 0 ? dweight : dbias;
+  qm_await_previous();
   if (out == NULL) return;
   sums += (int64_t)blockIdx.y * rows * columns;
   const int64_t c = (int64_t)blockIdx.x * COLUMNS + threadIdx.x;
   float sum = 0.0f;
   if (c < columns)
+#pragma unroll 8
     for (int r = threadIdx.y; r < rows; r += STRIPES) sum += sums[r * columns + c];
   stripes[threadIdx.y][threadIdx.x] = sum;
   __syncthreads();
@@ -191,8 +203,8 @@ static int32_t add_sums(qm_cuda *cuda, const qm_cuda_norm_backward *args, unsign
   const int32_t status = qm_cuda_launched(cuda, args->name);
   if (status != QM_OK || sums == NULL || args->columns == 0) return status;
   const dim3 grid((unsigned)qm_ceil_div(args->columns, COLUMNS), args->dbias != NULL ? 2 : 1);
-  column_sums<<<grid, dim3(COLUMNS, STRIPES), 0, cuda->compute>>>(sums, (int)blocks, args->columns,
-                                                                  args->dweight, args->dbias);
+  qm_launch_early(cuda, column_sums, grid, dim3(COLUMNS, STRIPES), 0, sums, (int)blocks,
+                  args->columns, args->dweight, args->dbias);
   return qm_cuda_launched(cuda, args->name);
 }
 
@@ -200,12 +212,15 @@ template <bool CENTER, typename T, int PACKS, bool NARROW>
 static int32_t launch_shape(qm_cuda *cuda, const qm_cuda_norm_backward *args,
                             const qm_norm_shape &shape) {
   const auto kernel = norm_backward<CENTER, T, 16 / sizeof(T), PACKS, NARROW>;
-  const unsigned blocks = qm_norm_blocks(cuda, kernel, args->rows, shape);
-  const dim3 block((unsigned)shape.threads, (unsigned)shape.rows);
+  qm_norm_launch plan;
+  if (const int32_t status = qm_norm_plan(cuda, args->name, kernel, args->rows, shape,
+                                          (int32_t)sizeof(row_part<PACKS>), &plan))
+    return status;
   float *sums;
-  if (const int32_t status = take_sums(cuda, args, blocks, &sums)) return status;
-  kernel<<<blocks, block, 0, cuda->compute>>>(*args, shape.packs, sums);
-  return add_sums(cuda, args, blocks, sums);
+  if (const int32_t status = take_sums(cuda, args, plan.blocks, &sums)) return status;
+  kernel<<<plan.blocks, plan.block, (size_t)plan.bytes, cuda->compute>>>(*args, shape.packs,
+                                                                         plan.ahead, sums);
+  return add_sums(cuda, args, plan.blocks, sums);
 }
 
 template <bool CENTER, typename T>
