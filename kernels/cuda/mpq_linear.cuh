@@ -180,6 +180,22 @@ struct x_loader {
 
 /* ---- the end ---- */
 
+/* A lane's sums of x W, to `out` at its four columns: of each piece of 32, by columns 2 j and 2 j
+** + 1
+** and by 8 rows. */
+template <typename L, int CHUNKS, int TILES>
+__device__ __forceinline__ void put_sums(float *out, int t,
+                                         const float (&sums)[CHUNKS][2][TILES][4]) {
+#pragma unroll
+  for (int c = 0; c < CHUNKS; c++)
+#pragma unroll
+    for (int b = 0; b < TILES; b++)
+#pragma unroll
+      for (int i = 0; i < 2; i++)
+        *(float4 *)(out + (8 * b + 2 * t + i) * L::columns + 32 * c) = make_float4(
+            sums[c][0][b][i], sums[c][0][b][i + 2], sums[c][1][b][i], sums[c][1][b][i + 2]);
+}
+
 /* Add the sums of the block's warps, [rows][columns] of each in shared memory, and of the
 ** splits. */
 template <typename S, typename L>

@@ -220,14 +220,7 @@ struct few {
     }
     __syncwarp(); /* all its lanes have read the ring */
     float *out = (float *)(memory + warp * L::ring_bytes) + 4 * g;
-#pragma unroll
-    for (int c = 0; c < chunks; c++)
-#pragma unroll
-      for (int b = 0; b < tiles; b++)
-#pragma unroll
-        for (int i = 0; i < 2; i++)
-          *(float4 *)(out + (8 * b + 2 * t + i) * L::columns + 32 * c) = make_float4(
-              sums[c][0][b][i], sums[c][0][b][i + 2], sums[c][1][b][i], sums[c][1][b][i + 2]);
+    put_sums<L>(out, t, sums);
     __syncthreads();
     finish<S, L>((const float *)memory, p, p.n);
   }

@@ -77,7 +77,7 @@ struct hopper_product {
   int32_t slots;         /* the lane's, by address of shared memory */
   int32_t steps_to_ask;
   int32_t group_to_ask = 0, group_left = 0; /* steps before the next group begins */
-  int32_t first_steps;                      /* of the first group, from the first step on */
+  int32_t next_steps; /* of the group that begins next: fewer where a split cuts the first */
   grid_pair grid[4];
   float sums[2][8][4];
 
@@ -92,7 +92,7 @@ struct hopper_product {
     slots = (int32_t)__cvta_generic_to_shared(ring) + thread * 16;
     const int64_t group = first_step * L::step / p.group_size;
     grid_at = group * p.n + column;
-    first_steps = (int32_t)(((group + 1) * p.group_size - first_step * L::step) / L::step);
+    next_steps = (int32_t)(((group + 1) * p.group_size - first_step * L::step) / L::step);
 #pragma unroll
     for (int i = 0; i < S::depth; i++) ask(slots + i * L::slot_bytes, i == 0);
   }
@@ -106,7 +106,7 @@ struct hopper_product {
       copy_async(to, words + i * 4 * p.n, true);
       if (group_to_ask == 0) {
         ask_grid(to + L::grid_at);
-        group_to_ask = first && i == 0 ? first_steps : group_steps();
+        group_to_ask = first && i == 0 ? next_steps : group_steps();
       }
       group_to_ask--;
     }
@@ -142,8 +142,8 @@ struct hopper_product {
   __device__ __forceinline__ void decode(int32_t slot, bool more, uint32_t (&out)[2][2][4]) {
     if (more && group_left == 0) {
       begin_group(slot + L::grid_at);
-      group_left = first_steps;
-      first_steps = group_steps();
+      group_left = next_steps;
+      next_steps = group_steps();
     }
     group_left--;
     const uint4 four = read_16(slot);
