@@ -24,7 +24,7 @@ $(out)/libquartermoon_cuda.so: $(objects)
 $(out)/cuda/%.o: kernels/cuda/%.cu build/make/cuda.make
 > @mkdir -p $(@D)
 > @echo $(notdir $<)
-> @$(NVCC) OPTIONS -MMD -c -o $@ $< >$(@:.o=.log) 2>&1 || { cat $(@:.o=.log); rm -f $@; exit 1; }
+> @$(NVCC) OPTIONS -MMD -MP -c -o $@ $< >$(@:.o=.log) 2>&1 || { cat $(@:.o=.log); rm -f $@; exit 1; }
 -include $(objects:.o=.d)
 ]]
 os.execute("mkdir -p build/make")
