@@ -52,7 +52,7 @@ struct few {
   const uint32_t *words; /* of the step to ask for next */
   const uint16_t *x_rows[tiles];
   uint32_t grid_at;           /* the next group's element of the grid, in the lane's first column */
-  int32_t beyond;             /* how far behind the lane's columns W's last are */
+  int32_t last_piece;         /* from the lane's columns to its last piece's, or to W's end */
   int32_t left;               /* steps to take, when `ahead` of them began */
   int32_t steps, group_steps; /* behind the group's, and those of it */
   int32_t slots;              /* the lane's, by address of shared memory */
@@ -65,7 +65,7 @@ struct few {
     const int32_t column = min(((int32_t)blockIdx.x - p.first_tile) * L::columns + 4 * g, n - 4);
     const int32_t first = (int32_t)(blockIdx.y * S::warps + warp) * p.spans;
     left = steps = max(min(k / 32 - first, p.spans), 0);
-    beyond = n - 4 - column;
+    last_piece = min(n - 4 - column, 32 * (chunks - 1));
     words = p.words + column + (int64_t)(first * 4 + t) * n;
     slots =
         (int32_t)__cvta_generic_to_shared(memory) + warp * L::ring_bytes + threadIdx.x % 32 * 16;
@@ -83,7 +83,9 @@ struct few {
   }
 
   /* From the lane's columns to those of its piece c. */
-  __device__ __forceinline__ int32_t piece(int c) const { return c == 0 ? 0 : min(32 * c, beyond); }
+  __device__ __forceinline__ int32_t piece(int c) const {
+    return c == 0 ? 0 : c == chunks - 1 ? last_piece : min(32 * c, last_piece);
+  }
 
   /* Of the step that is the `i`th from now. */
   __device__ __forceinline__ void load_words(int i, int32_t to) {

@@ -37,15 +37,15 @@ struct row_part {
   qm_words<4> x[PACKS][32], residual[PACKS][32];
 };
 
-/* A row's part, from pack `from` of each tensor on. */
+/* Row r's part, from pack `from` of each tensor on. */
 template <int PACKS>
-static __device__ __forceinline__ void fetch(const qm_cuda_norm &args, bool there, int64_t from,
+static __device__ __forceinline__ void fetch(const qm_cuda_norm &args, int64_t r, int64_t from,
                                              int packs, row_part<PACKS> &to) {
   using pack = qm_words<4>;
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int p = 0; p < PACKS; p++) {
-    if (!there || threadIdx.x + p * blockDim.x >= packs) continue;
+    if (r >= args.rows || threadIdx.x + p * blockDim.x >= packs) continue;
     qm_copy_async(&to.x[p][lane], (const pack *)args.x + from + p * blockDim.x);
     if (args.sum != NULL)
       qm_copy_async(&to.residual[p][lane], (const pack *)args.residual + from + p * blockDim.x);
@@ -61,26 +61,17 @@ static __global__ void __launch_bounds__(NARROW ? QM_NORM_THREADS : QM_NORM_THRE
   __shared__ float partial[2][2][32];
   qm_take_turn();
   const int first = threadIdx.x, step = blockDim.x, lane = first % 32;
-  const int64_t rows_step = (int64_t)gridDim.x * blockDim.y;
-  row_part<PACKS> *const ring =
-      (row_part<PACKS> *)shared + (NARROW ? threadIdx.y : first / 32) * (ahead + 1);
-  int64_t r = (int64_t)blockIdx.x * blockDim.y + threadIdx.y;
-  int64_t next = r, from = r * packs + first; /* of the row to fetch */
-  for (int a = 0; a < ahead; a++, next += rows_step, from += rows_step * packs)
-    fetch(args, next < args.rows, from, packs, ring[a]);
+  const auto get = [&](int64_t r, int64_t from, row_part<PACKS> &to) {
+    fetch(args, r, from, packs, to);
+  };
+  qm_norm_walk<row_part<PACKS>> walk(shared, NARROW, packs, ahead);
+  walk.begin(get);
   float weight[PACKS][WIDTH], bias[PACKS][WIDTH];
   qm_read_packs(args.weight, args.weight_dtype, packs, weight);
   if (CENTER) qm_read_packs(args.bias, args.weight_dtype, packs, bias);
-  int slot = 0, free = ahead; /* of the row worked on; of the one before it */
-  for (int turn = 0; r < args.rows; r += rows_step, turn ^= 1) {
-    fetch(args, next < args.rows, from, packs, ring[free]);
-    next += rows_step;
-    from += rows_step * packs;
-    qm_await_row(ahead);
-    const row_part<PACKS> &in = ring[slot];
-    free = slot;
-    slot = slot == ahead ? 0 : slot + 1;
-    const int64_t row = r * packs;
+  for (int turn = 0; walk.row < args.rows; walk.row += walk.step, turn ^= 1) {
+    const row_part<PACKS> &in = walk.take(get);
+    const int64_t r = walk.row, row = r * packs;
     float x[PACKS][WIDTH];
 #pragma unroll
     for (int p = 0; p < PACKS; p++) {

@@ -133,12 +133,47 @@ static inline int32_t qm_norm_plan(const qm_cuda *cuda, const char *name, Kernel
   return QM_OK;
 }
 
-/* Wait until the oldest of this thread's `ahead` + 1 rows is there. */
-__device__ __forceinline__ void qm_await_row(int32_t ahead) {
-  if (ahead == QM_NORM_AHEAD)
-    qm_copy_wait<QM_NORM_AHEAD>();
-  else
-    qm_copy_wait<0>();
-}
+/* The rows that a warp or a block takes, one after the other, and their parts in shared memory: of
+** the row at work, and of `ahead` more that are on their way. Fetch(row, from, part) begins to copy
+** a row's part, from pack `from` of each tensor on, or nothing where there is no such row. */
+template <typename Part>
+struct qm_norm_walk {
+  int64_t row = (int64_t)blockIdx.x * blockDim.y + threadIdx.y;
+  const int64_t step = (int64_t)gridDim.x * blockDim.y;
+  const int packs, ahead;
+  Part *const ring;
+  int64_t next = row, from; /* to fetch: the row, this thread's first pack of it */
+  int slot = 0, free;       /* of the row at work; of the one before it */
+
+  __device__ __forceinline__ qm_norm_walk(void *shared, bool narrow, int packs_, int ahead_)
+      : packs(packs_),
+        ahead(ahead_),
+        ring((Part *)shared + (narrow ? threadIdx.y : threadIdx.x / 32) * (ahead + 1)),
+        from(row * packs + threadIdx.x),
+        free(ahead) {}
+  template <typename Fetch>
+  __device__ __forceinline__ void fetch_into(const Fetch &fetch, int to) {
+    fetch(next, from, ring[to]);
+    next += step;
+    from += step * packs;
+  }
+  template <typename Fetch>
+  __device__ __forceinline__ void begin(const Fetch &fetch) {
+    for (int a = 0; a < ahead; a++) fetch_into(fetch, a);
+  }
+  /* The part of the row at work, once it is there. */
+  template <typename Fetch>
+  __device__ __forceinline__ const Part &take(const Fetch &fetch) {
+    fetch_into(fetch, free);
+    if (ahead == QM_NORM_AHEAD)
+      qm_copy_wait<QM_NORM_AHEAD>();
+    else
+      qm_copy_wait<0>();
+    const Part &part = ring[slot];
+    free = slot;
+    slot = slot == ahead ? 0 : slot + 1;
+    return part;
+  }
+};
 
 #endif

@@ -71,25 +71,16 @@ static __global__ void __launch_bounds__(NARROW ? QM_NORM_THREADS : QM_NORM_THRE
   extern __shared__ uint4 shared[];
   __shared__ float partial[2][2][32];
   const int first = threadIdx.x, step = blockDim.x, lane = first % 32;
-  const int64_t rows_step = (int64_t)gridDim.x * blockDim.y;
   const float columns = (float)args.columns;
-  row_part<PACKS> *const ring =
-      (row_part<PACKS> *)shared + (NARROW ? threadIdx.y : first / 32) * (ahead + 1);
-  int64_t r = (int64_t)blockIdx.x * blockDim.y + threadIdx.y;
-  int64_t next = r, from = r * packs + first; /* of the row to fetch */
-  for (int a = 0; a < ahead; a++, next += rows_step, from += rows_step * packs)
-    fetch<CENTER>(args, next, from, packs, ring[a]);
+  const auto get = [&](int64_t r, int64_t from, row_part<PACKS> &to) {
+    fetch<CENTER>(args, r, from, packs, to);
+  };
+  qm_norm_walk<row_part<PACKS>> walk(shared, NARROW, packs, ahead);
+  walk.begin(get);
   float weight[PACKS][WIDTH], dweight[PACKS][WIDTH] = {}, dbias[PACKS][WIDTH] = {};
   qm_read_packs(args.weight, args.weight_dtype, packs, weight);
-  int slot = 0, free = ahead; /* of the row worked on; of the one before it */
-  for (int turn = 0; r < args.rows; r += rows_step, turn ^= 1) {
-    fetch<CENTER>(args, next, from, packs, ring[free]);
-    next += rows_step;
-    from += rows_step * packs;
-    qm_await_row(ahead);
-    const row_part<PACKS> &in = ring[slot];
-    free = slot;
-    slot = slot == ahead ? 0 : slot + 1;
+  for (int turn = 0; walk.row < args.rows; walk.row += walk.step, turn ^= 1) {
+    const row_part<PACKS> &in = walk.take(get);
     const float rstd = in.rstd[lane], mean = CENTER ? in.mean[lane] : 0.0f;
     float means[CENTER ? 2 : 1] = {}; /* of g y and of g */
 #pragma unroll
@@ -125,7 +116,7 @@ static __global__ void __launch_bounds__(NARROW ? QM_NORM_THREADS : QM_NORM_THRE
         const float g = dout[i] * weight[p][i], y = (x[i] - mean) * rstd;
         x[i] = rstd * (fmaf(-y, mean_gy, g) - mean_g) + dsum[i];
       }
-      ((qm_words<4> *)args.dx)[r * packs + first + p * step] = qm_repack<T, 4>(x);
+      ((qm_words<4> *)args.dx)[walk.row * packs + first + p * step] = qm_repack<T, 4>(x);
     }
   }
   qm_let_next_begin();
