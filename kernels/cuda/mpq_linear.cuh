@@ -180,9 +180,8 @@ struct x_loader {
 
 /* ---- the end ---- */
 
-/* A lane's sums of x W, to `out` at its four columns: of each piece of 32, by columns 2 j and 2 j
-** + 1
-** and by 8 rows. */
+/* A lane's sums of x W, to `out` at its four columns. sums: [piece of 32 columns][columns 2 j and
+** 2 j + 1][8 rows]. */
 template <typename L, int CHUNKS, int TILES>
 __device__ __forceinline__ void put_sums(float *out, int t,
                                          const float (&sums)[CHUNKS][2][TILES][4]) {
