@@ -248,6 +248,16 @@ describe("qm_mpq_linear", function()
     for _, rows in ipairs({ 3, 8, 12 }) do -- columns for one, two and more blocks on each multiprocessor of a GPU
       for i, n in ipairs({ 4288, 8512, 17024 }) do few(160, n, 32, rows, i % 2 == 0) end
     end
+    few(160, 17024, 64, 17, false) -- there a block's sum, a cluster's, and those that a kernel behind adds
+    few(96, 17024, 32, 18, true)
+    for i, rows in ipairs({ 32, 39, 64 }) do
+      local asym = i % 2 == 0
+      few(2080, 160, 64, rows, asym)
+      few(1056, 320, 96, rows, not asym)
+      few(5152, 32, 32, rows, asym)
+      few(5120, 288, 128, rows, not asym)
+      few(1024, 320, -1, rows, asym)
+    end
   end)
 
   it("follows g_idx and q_perm", function()

@@ -79,21 +79,31 @@ static inline unsigned qm_blocks(const qm_cuda *cuda, int64_t items, int32_t per
 ** behind it; so does the end of each block, which keeps the order over three kernels and more.
 */
 
+/* cluster_y: blocks of the grid's column that make a cluster, which needs a Hopper GPU; or 1. */
 template <typename... Parameters>
-static inline void qm_launch_early(const qm_cuda *cuda, void (*kernel)(Parameters...), dim3 grid,
-                                   dim3 block, int32_t shared_bytes,
-                                   const std::type_identity_t<Parameters> &...parameters) {
-  cudaLaunchAttribute early = {};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
+static inline void qm_launch_clusters(const qm_cuda *cuda, void (*kernel)(Parameters...),
+                                      unsigned cluster_y, dim3 grid, dim3 block,
+                                      int32_t shared_bytes,
+                                      const std::type_identity_t<Parameters> &...parameters) {
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {1, cluster_y, 1};
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = block;
   config.dynamicSmemBytes = (size_t)shared_bytes;
   config.stream = cuda->compute;
-  config.attrs = &early;
-  config.numAttrs = cuda->capability >= 90 ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = cuda->capability < 90 ? 0 : cluster_y > 1 ? 2 : 1;
   cudaLaunchKernelEx(&config, kernel, parameters...); /* qm_cuda_launched finds its error */
+}
+template <typename... Parameters>
+static inline void qm_launch_early(const qm_cuda *cuda, void (*kernel)(Parameters...), dim3 grid,
+                                   dim3 block, int32_t shared_bytes,
+                                   const std::type_identity_t<Parameters> &...parameters) {
+  qm_launch_clusters(cuda, kernel, 1, grid, block, shared_bytes, parameters...);
 }
 __device__ __forceinline__ void qm_let_next_begin() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900

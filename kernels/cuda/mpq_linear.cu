@@ -4,9 +4,11 @@
 ** 16-bit x and 4-bit codes in plain order go to tensor cores straight from the packed words; the
 ** rest dequantizes into the workspace and multiplies there.
 ** Cost: the codes' bytes, 29 MB at 4096 x 14336, and for each word of 8 codes 7 integer
-** instructions (up to 16 rows; about 20 beyond), of which a multiprocessor starts 2 a cycle.
+** instructions, of which a multiprocessor starts 2 a cycle; about 20 where W itself is rounded,
+** beyond 16 rows without Hopper's products.
 */
 #include "mpq.h"
+#include "mpq_linear_codes_launch.cuh"
 #include "mpq_linear_few.cuh"
 #include "mpq_linear_forward.cuh"
 #include "mpq_linear_transposed.cuh"
@@ -103,7 +105,9 @@ static int32_t launch_forward(qm_cuda *cuda, const task_group &group) {
   if (rows <= 8) return launch_few<T, 1>(cuda, group);
   if (rows <= 16) return launch_few<T, 2>(cuda, group);
   if (group.count > 1) return QM_E_UNSUPPORTED;
-  if (cuda->has_wgmma) return launch_hopper<T>(cuda, group.part[0]);
+  if (cuda->has_wgmma)
+    return group.part[0].asym ? codes::launch_hopper<T>(cuda, group.part[0])
+                              : launch_hopper<T>(cuda, group.part[0]);
   if (rows <= 32) return launch<forward<shape<T, 4, 8, 2, 2, 4, 3, 1>>>(cuda, group);
   return launch<forward<shape<T, 8, 12, 4, 1, 2, 4, 1>>>(cuda, group);
 }

@@ -1,4 +1,4 @@
-/* mpq_linear_wgmma.cuh - x W for 17 to 64 rows, W of 4-bit codes, with Hopper's warpgroup products.
+/* mpq_linear_wgmma.cuh - x W for 17 to 64 rows, W of 4-bit codes and float zeros, on Hopper.
 **
 ** Each of a block's warpgroups takes 128 columns: its lanes stream the words that they decode
 ** themselves, as in mpq_linear_few.cuh, and hold W, rounded to x's type, as operand A in registers.

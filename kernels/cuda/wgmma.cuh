@@ -18,9 +18,11 @@
 /* ---- shared tiles as products see them ---- */
 
 /* Rows of the tile are rows of the operand (or columns of a transposed one). */
-static __device__ __forceinline__ uint64_t qm_tile(const void *tile) {
-  const uint64_t at = (uint32_t)__cvta_generic_to_shared(tile);
+static __device__ __forceinline__ uint64_t qm_tile(uint32_t at) {
   return (at & 0x3FFFF) >> 4 | (uint64_t)1 << 16 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
+}
+static __device__ __forceinline__ uint64_t qm_tile(const void *tile) {
+  return qm_tile((uint32_t)__cvta_generic_to_shared(tile));
 }
 /* Rows of the tile run along the sum: B as it lies. half_bytes: from 64 columns to the next 64. */
 static __device__ __forceinline__ uint64_t qm_tile_along(const void *tile, uint32_t half_bytes) {
@@ -144,16 +146,20 @@ static __device__ __forceinline__ void qm_product(float (&acc)[16][4], const uin
 
 /* ---- barriers in shared memory, and copies that report to them ---- */
 
+/* An address of shared memory in 32 bits, which loops count on with less than by pointers. */
+static __device__ __forceinline__ uint32_t qm_shared(const void *at) {
+  return (uint32_t)__cvta_generic_to_shared(at);
+}
+
 static __device__ __forceinline__ void qm_barrier_open(uint64_t *barrier, uint32_t arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n" ::"r"(
-                   (uint32_t)__cvta_generic_to_shared(barrier)),
-               "r"(arrivals)
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n" ::"r"(qm_shared(barrier)), "r"(arrivals)
                : "memory");
 }
+static __device__ __forceinline__ void qm_barrier_arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];\n" ::"r"(barrier) : "memory");
+}
 static __device__ __forceinline__ void qm_barrier_arrive(uint64_t *barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];\n" ::"r"(
-                   (uint32_t)__cvta_generic_to_shared(barrier))
-               : "memory");
+  qm_barrier_arrive(qm_shared(barrier));
 }
 /* Arrive for a warp whose products are done with what they read. What lanes read with loads of
 ** their own, each says itself that it has read: compute-sanitizer's racecheck follows no lane
@@ -163,6 +169,11 @@ static __device__ __forceinline__ void qm_barrier_arrive_warp(uint64_t *barrier)
   if (threadIdx.x % 32 == 0) qm_barrier_arrive(barrier);
 }
 /* Arrive, and let the barrier wait for so many bytes of copies too. */
+static __device__ __forceinline__ void qm_barrier_expect(uint32_t barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(barrier), "r"(bytes)
+               : "memory");
+}
+/* Not by the former: attention's loops then unroll less. */
 static __device__ __forceinline__ void qm_barrier_expect(uint64_t *barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(
                    (uint32_t)__cvta_generic_to_shared(barrier)),
@@ -170,13 +181,16 @@ static __device__ __forceinline__ void qm_barrier_expect(uint64_t *barrier, uint
                : "memory");
 }
 /* Wait until the phase of this parity is over. */
-static __device__ __forceinline__ void qm_barrier_wait(uint64_t *barrier, uint32_t parity) {
+static __device__ __forceinline__ void qm_barrier_wait(uint32_t barrier, uint32_t parity) {
   asm volatile(
       "{\n.reg .pred done;\nagain:\n"
       "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra again;\n}\n" ::"r"((uint32_t)__cvta_generic_to_shared(barrier)),
+      "@!done bra again;\n}\n" ::"r"(barrier),
       "r"(parity)
       : "memory");
+}
+static __device__ __forceinline__ void qm_barrier_wait(uint64_t *barrier, uint32_t parity) {
+  qm_barrier_wait(qm_shared(barrier), parity);
 }
 /* Copy the box at (column, head, row) of a tensor of three dimensions into a shared tile. */
 static __device__ __forceinline__ void qm_copy_tile(void *tile, const CUtensorMap *map,
@@ -190,13 +204,17 @@ static __device__ __forceinline__ void qm_copy_tile(void *tile, const CUtensorMa
 }
 
 /* Copy bytes that lie side by side; all three are multiples of 16. */
-static __device__ __forceinline__ void qm_copy_bulk(void *to, const void *from, uint32_t bytes,
-                                                    uint64_t *barrier) {
+static __device__ __forceinline__ void qm_copy_bulk(uint32_t to, const void *from, uint32_t bytes,
+                                                    uint32_t barrier) {
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];\n" ::
-          "r"((uint32_t)__cvta_generic_to_shared(to)),
-      "l"(from), "r"(bytes), "r"((uint32_t)__cvta_generic_to_shared(barrier))
+          "r"(to),
+      "l"(from), "r"(bytes), "r"(barrier)
       : "memory");
+}
+static __device__ __forceinline__ void qm_copy_bulk(void *to, const void *from, uint32_t bytes,
+                                                    uint64_t *barrier) {
+  qm_copy_bulk(qm_shared(to), from, bytes, qm_shared(barrier));
 }
 
 /* Barriers just opened may be used, by copies too. */
@@ -207,6 +225,39 @@ static __device__ __forceinline__ void qm_barriers_ready() {
 /* What this thread stored in shared memory may be read by products of others, once they know. */
 static __device__ __forceinline__ void qm_stores_ready() {
   asm volatile("fence.proxy.async;\n" ::: "memory");
+}
+
+/* ---- threads that meet ---- */
+
+/* The block's first THREADS, whole warps. Barrier 0 is __syncthreads's. */
+template <int THREADS>
+static __device__ __forceinline__ void qm_consumers_meet() {
+  asm volatile("bar.sync 1, %0;\n" ::"n"(THREADS) : "memory");
+}
+
+/* Whether this is the lane that acts for its warp: where the compiler sees that all lanes agree on
+** addresses, a copy then needs no loop over them. */
+static __device__ __forceinline__ bool qm_elected() {
+  uint32_t elected;
+  asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xFFFFFFFF;\nselp.u32 %0, 1, 0, p;\n}\n"
+               : "=r"(elected)::"memory");
+  return elected != 0;
+}
+
+/* All threads of a cluster that have not ended; shared memory written before is seen behind. */
+static __device__ __forceinline__ void qm_cluster_meet() {
+  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;\n" ::: "memory");
+}
+/* What lies there in block `rank` of the cluster. */
+static __device__ __forceinline__ float4 qm_cluster_read(const float *own, uint32_t rank) {
+  float4 out;
+  asm volatile(
+      "{\n.reg .b32 at;\nmapa.shared::cluster.u32 at, %4, %5;\n"
+      "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [at];\n}\n"
+      : "=f"(out.x), "=f"(out.y), "=f"(out.z), "=f"(out.w)
+      : "r"((uint32_t)__cvta_generic_to_shared(own)), "r"(rank)
+      : "memory");
+  return out;
 }
 
 /* Registers change hands between the warpgroup that copies and those that compute. */

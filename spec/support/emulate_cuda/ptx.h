@@ -29,6 +29,11 @@ inline void ex2_approx_ftz_f32(float &out, float x) {
   out = x == 0.0f ? 1.0f : flush(approximate((float)exp2((double)x), x));
 }
 inline void setp_ne_b32(bool &out, int32_t a, int32_t b) { out = a != b; }
+inline void selp_u32(uint32_t &out, uint32_t a, uint32_t b, bool which) { out = which ? a : b; }
+inline void elect_sync(bool &elected, uint32_t lanes) {
+  __syncwarp(lanes);
+  elected = threadIdx.x % 32 == 0;
+}
 
 /* ---- shared memory ---- */
 
@@ -140,6 +145,14 @@ inline void griddepcontrol_launch_dependents() {} /* launches come one after ano
 inline void griddepcontrol_wait() {}
 inline void setmaxnreg_inc_sync_aligned_u32(int) {}
 inline void setmaxnreg_dec_sync_aligned_u32(int) {}
+
+/* ---- clusters, of which the device holds none ---- */
+
+inline void bar_sync(int, int) { die("warps meet apart from their block"); }
+inline void barrier_cluster_arrive_aligned() { die("a cluster meets"); }
+inline void barrier_cluster_wait_aligned() {}
+inline void mapa_shared__cluster_u32(uint32_t &, uint32_t, uint32_t) { die("a cluster's memory"); }
+inline void ld_shared__cluster_v4_f32(float &, float &, float &, float &, uint32_t) {}
 
 }  // namespace emulate::ptx
 

@@ -85,12 +85,13 @@ local function instruction(line)
   line = line:match("^%s*(.-)%s*$")
   if line == "" then return "" end
   if line:find("^%.reg %.pred") then return "bool " .. line:match("(%w+)$") .. ";" end
+  if line:find("^%.reg %.b32") then return "uint32_t " .. line:match("(%w+)$") .. ";" end
   if line:find("^[%w_]+:$") then return line .. ";" end
   local unless, label = line:match("^@!(%w+) bra (%w+)$")
   if unless then return ("if (!%s) goto %s;"):format(unless, label) end
   local name, operands = line:match("^([%w_.:]+)%s*(.*)$")
   if not name then error("no translation for the PTX " .. line) end
-  operands = operands:gsub("^_, ", ""):gsub("[%[%]{}]", "")
+  operands = operands:gsub("^_, ", ""):gsub("^_|", ""):gsub("[%[%]{}]", "")
   return ("emulate::ptx::%s(%s);"):format(name:gsub("[.:]", "_"), operands)
 end
 

@@ -48,10 +48,16 @@ static inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) {
 
 /* ---- launches by a call ---- */
 
-enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization = 6 };
+enum cudaLaunchAttributeID {
+  cudaLaunchAttributeClusterDimension = 4,
+  cudaLaunchAttributeProgrammaticStreamSerialization = 6
+};
 struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
   struct {
+    struct {
+      unsigned x, y, z;
+    } clusterDim;
     int programmaticStreamSerializationAllowed;
   } val;
 };
@@ -68,6 +74,12 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t *config, void (*kernel)(
   const emulate::shape at(config->gridDim, config->blockDim, config->dynamicSmemBytes,
                           config->stream);
   emulate::launch(at, kernel, Parameters(arguments)...);
+  return cudaSuccess;
+}
+/* No clusters. */
+template <typename Kernel>
+cudaError_t cudaOccupancyMaxActiveClusters(int *count, Kernel, const cudaLaunchConfig_t *) {
+  *count = 0;
   return cudaSuccess;
 }
 
