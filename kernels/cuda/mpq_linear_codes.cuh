@@ -155,6 +155,8 @@ static __device__ __forceinline__ void add_cluster(const task &p, const Product 
   qm_cluster_meet(); /* no block ends before the others have read it */
 }
 
+/* x as lay_out_x leaves it. Sums go to out, by way of a cluster where there is one, or a split's to
+** p.partial. */
 template <typename T, int STEPS>
 static __global__ __launch_bounds__(hopper::threads, 1) void multiply_hopper(task p, char *x) {
 #ifdef QM_HAS_WGMMA_HERE
@@ -165,7 +167,7 @@ static __global__ __launch_bounds__(hopper::threads, 1) void multiply_hopper(tas
   qm_let_next_begin();
   if (threadIdx.x == 0) {
     for (int i = 0; i < L::stages; i++) {
-      qm_barrier_open(&barriers[i], 4);
+      qm_barrier_open(&barriers[i], L::fetchers);
       qm_barrier_open(&barriers[L::stages + i], L::consumers);
     }
     qm_barriers_ready();
@@ -182,8 +184,9 @@ static __global__ __launch_bounds__(hopper::threads, 1) void multiply_hopper(tas
   if (threadIdx.x >= L::consumers) {
     qm_registers_release<L::registers_left>();
     const int32_t warp = ((int32_t)threadIdx.x - L::consumers) / 32;
+    /* By a loop, for the compiler to see that all lanes of a warp agree on `me`. */
 #pragma unroll 1
-    for (int32_t me = 0; me < 4; me++) /* so, for the compiler, all its lanes agree on `me` */
+    for (int32_t me = 0; me < L::fetchers; me++)
       if (warp == me) hopper_fetch<STEPS>(p, x, me, first, steps).run(turn);
     if (in_cluster) { /* as add_cluster does */
       qm_cluster_meet();

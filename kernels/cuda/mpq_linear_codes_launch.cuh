@@ -23,7 +23,10 @@ static int64_t largest_cluster(const qm_cuda *cuda, Kernel kernel, int64_t clust
       config.dynamicSmemBytes = hopper::bytes;
       config.attrs = &cluster;
       config.numAttrs = 1;
-      if (cudaOccupancyMaxActiveClusters(&count, kernel, &config) != cudaSuccess) count = -1;
+      if (cudaOccupancyMaxActiveClusters(&count, kernel, &config) != cudaSuccess) {
+        count = -1;
+        cudaGetLastError(); /* no launch's */
+      }
     }
     if (count >= clusters) break;
   }

@@ -9,7 +9,8 @@
 namespace mpq_linear::codes {
 
 struct hopper {
-  static constexpr int groups = 4, consumers = 128 * groups, threads = consumers + 128, rows = 64;
+  static constexpr int groups = 4, consumers = 128 * groups, fetchers = 4, rows = 64;
+  static constexpr int threads = consumers + 32 * fetchers;
   static constexpr int registers = 112, registers_left = 32;
   static constexpr int columns = 64 * groups, step = 32, tile = 64; /* features */
   /* A stage has a tile of x and 8 word rows, of which four must not share banks. */
@@ -45,9 +46,9 @@ struct hopper_turn {
 template <int STEPS>
 struct hopper_fetch {
   using L = hopper;
-  static constexpr uint32_t x_bytes = L::tile_bytes / 4;
+  static constexpr uint32_t x_bytes = L::tile_bytes / L::fetchers;
   const task &p;
-  const int32_t me; /* of four */
+  const int32_t me; /* of the fetchers */
   const uint32_t *words;
   const char *x;
   uint32_t row_bytes; /* of the block's columns */
