@@ -59,16 +59,18 @@ static __global__ void __launch_bounds__(THREADS, 1)
               uint32_t tiles) {
 #ifdef QM_HAS_WGMMA_HERE
   using plan = backward_plan<D>;
-  constexpr int KEYS = plan::KEYS, BYTES = KEYS * D * 2, STAGES = plan::DQ_STAGES;
+  constexpr int KEYS = plan::KEYS, BYTES = KEYS * D * 2, STAGES = plan::STAGES;
   extern __shared__ char unaligned[];
-  char *const tile_q = qm_align_tile(unaligned), *const tile_d = tile_q + plan::KEPT_BYTES;
-  char *const tile_k = tile_d + plan::KEPT_BYTES, *const tile_v = tile_k + STAGES * BYTES;
+  char *const kept = qm_align_tile(unaligned); /* twice queries and their outputs' gradients */
+  char *const tile_k = kept + 4 * plan::KEPT_BYTES, *const tile_v = tile_k + STAGES * BYTES;
   __shared__ kept_tile tiles_at_work[4]; /* more than are at work, to be written early */
-  __shared__ uint64_t kept_full, kept_empty, full[STAGES], empty[STAGES];
+  __shared__ uint64_t kept_full[2], kept_empty[2], full[STAGES], empty[STAGES];
 
   if (threadIdx.x == 0) {
-    qm_barrier_open(&kept_full, 1);
-    qm_barrier_open(&kept_empty, 128 * GROUPS);
+    for (int i = 0; i < 2; i++) {
+      qm_barrier_open(&kept_full[i], 1);
+      qm_barrier_open(&kept_empty[i], 128 * GROUPS);
+    }
     for (int i = 0; i < STAGES; i++) {
       qm_barrier_open(&full[i], 1);
       qm_barrier_open(&empty[i], 4 * GROUPS);
@@ -88,12 +90,15 @@ static __global__ void __launch_bounds__(THREADS, 1)
         found = locate_queries<KEYS>(shape, item, tiles, &slot);
       if (!found && threadIdx.x == 0) slot.steps = -1;
       __syncwarp();
-      qm_barrier_wait(&kept_empty, turn % 2 ^ 1);
+      const uint32_t side = turn % 2;
+      char *const tile_q = kept + side * 2 * plan::KEPT_BYTES;
+      qm_barrier_wait(&kept_empty[side], turn / 2 % 2 ^ 1);
       if (threadIdx.x == 0) {
-        qm_barrier_expect(&kept_full, found ? 2 * plan::KEPT_BYTES : 0);
+        qm_barrier_expect(&kept_full[side], found ? 2 * plan::KEPT_BYTES : 0);
         if (found) {
-          qm_copy_rows<D, KEPT>(tile_q, &from.q, slot.head, slot.row, &kept_full);
-          qm_copy_rows<D, KEPT>(tile_d, &from.dout, slot.head, slot.row, &kept_full);
+          qm_copy_rows<D, KEPT>(tile_q, &from.q, slot.head, slot.row, &kept_full[side]);
+          qm_copy_rows<D, KEPT>(tile_q + plan::KEPT_BYTES, &from.dout, slot.head, slot.row,
+                                &kept_full[side]);
         }
       }
       if (!found) break;
@@ -115,12 +120,12 @@ static __global__ void __launch_bounds__(THREADS, 1)
   qm_registers_take<plan::DQ_REGISTERS>();
   const int32_t group = (int32_t)threadIdx.x / 128 - 1, lane = threadIdx.x % 32;
   const int32_t warp_row = group * 64 + (int32_t)threadIdx.x % 128 / 32 * 16, g = lane / 4;
-  const uint64_t queries = qm_tile(tile_q + group * 64 * 128);
-  const uint64_t douts = qm_tile(tile_d + group * 64 * 128);
+  const uint64_t kept_rows = qm_tile(kept + group * 64 * 128);
   const float scale = shape.scale * QM_LOG2E;
   float scores[KEYS / 8][4], slopes[KEYS / 8][4];
   uint32_t steep[KEYS / 16][4];
 
+  uint64_t queries, douts;
   /* Begins the products that give scores and slopes */
   const auto differ = [&](int32_t step) {
     const int32_t stage = step % STAGES;
@@ -131,7 +136,10 @@ static __global__ void __launch_bounds__(THREADS, 1)
 
   int32_t step = 0;
   for (uint32_t turn = 0;; turn++) {
-    qm_barrier_wait(&kept_full, turn % 2);
+    const uint32_t side = turn % 2;
+    queries = qm_tile_at(kept_rows, side * 2 * plan::KEPT_BYTES);
+    douts = qm_tile_at(queries, plan::KEPT_BYTES);
+    qm_barrier_wait(&kept_full[side], turn / 2 % 2);
     const kept_tile &tile = tiles_at_work[turn % 4];
     const int32_t steps = tile.steps;
     if (steps < 0) return;
@@ -212,7 +220,7 @@ static __global__ void __launch_bounds__(THREADS, 1)
       qm_pin(dq);
       qm_barrier_arrive_warp(&empty[stage]);
     }
-    qm_barrier_arrive(&kept_empty);
+    qm_barrier_arrive(&kept_empty[side]);
     const int32_t mine = tile.row + warp_row;
     qm_store_rows_wide(x.dq + mine * shape.stride_q + (int64_t)tile.head * D, shape.stride_q,
                        tile.span.q_end - mine, dq, {shape.scale, shape.scale});

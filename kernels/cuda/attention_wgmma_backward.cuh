@@ -7,17 +7,19 @@
 enum { GROUPS = 2, KEPT = 64 * GROUPS, THREADS = 128 * (GROUPS + 1) };
 
 /* KEPT rows stay while tiles of QUERIES or KEYS rows pass: as many as the registers have room for.
+** The next rows to stay arrive meanwhile.
 ** ROOM: enough for gather_dkv to hold its keys and values there, which spares shared memory, and to
 ** begin a step's products before the last one's are done. */
 template <int D>
 struct backward_plan {
-  static constexpr int QUERIES = 64, KEYS = D == 64 ? 128 : 64, DKV_STAGES = 4, DQ_STAGES = 4;
+  static constexpr int QUERIES = 64, KEYS = D == 64 ? 128 : 64;
+  static constexpr int STAGES = D == 64 ? 4 : 3;
   static constexpr bool ROOM = D == 64;
   static constexpr int DKV_REGISTERS = 232, DKV_REGISTERS_LEFT = 40;
   static constexpr int DQ_REGISTERS = D == 64 ? 240 : 232, DQ_REGISTERS_LEFT = D == 64 ? 24 : 40;
   static constexpr int KEPT_BYTES = KEPT * D * 2;
-  static constexpr int DKV_BYTES = 2 * KEPT_BYTES + DKV_STAGES * 2 * QUERIES * D * 2 + 1024;
-  static constexpr int DQ_BYTES = 2 * KEPT_BYTES + DQ_STAGES * 2 * KEYS * D * 2 + 1024;
+  static constexpr int DKV_BYTES = 4 * KEPT_BYTES + STAGES * 2 * QUERIES * D * 2 + 1024;
+  static constexpr int DQ_BYTES = 4 * KEPT_BYTES + STAGES * 2 * KEYS * D * 2 + 1024;
 };
 
 /* What a query's row is to its gradients, [H, stride] each: its lse, see qm_minus_lse, and delta =

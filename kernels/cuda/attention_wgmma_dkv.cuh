@@ -30,18 +30,20 @@ static __global__ void __launch_bounds__(THREADS, 1)
                uint32_t tiles) {
 #ifdef QM_HAS_WGMMA_HERE
   using plan = backward_plan<D>;
-  constexpr int QUERIES = plan::QUERIES, BYTES = QUERIES * D * 2, STAGES = plan::DKV_STAGES;
+  constexpr int QUERIES = plan::QUERIES, BYTES = QUERIES * D * 2, STAGES = plan::STAGES;
   extern __shared__ char unaligned[];
-  char *const tile_k = qm_align_tile(unaligned), *const tile_v = tile_k + plan::KEPT_BYTES;
-  char *const tile_q = tile_v + plan::KEPT_BYTES, *const tile_d = tile_q + STAGES * BYTES;
-  __shared__ kept_tile tiles_at_work[2];
+  char *const kept = qm_align_tile(unaligned); /* twice keys and values */
+  char *const tile_q = kept + 4 * plan::KEPT_BYTES, *const tile_d = tile_q + STAGES * BYTES;
+  __shared__ kept_tile tiles_at_work[4]; /* keys are given back before all is read of their tile */
   alignas(16) __shared__ float minus_lses[STAGES][QUERIES], deltas[STAGES][QUERIES];
-  __shared__ uint64_t kept_full, kept_empty, full[STAGES], empty[STAGES];
+  __shared__ uint64_t kept_full[2], kept_empty[2], full[STAGES], empty[STAGES];
   const int32_t shared_by = shape.heads / shape.kv_heads;
 
   if (threadIdx.x == 0) {
-    qm_barrier_open(&kept_full, 1);
-    qm_barrier_open(&kept_empty, 128 * GROUPS);
+    for (int i = 0; i < 2; i++) {
+      qm_barrier_open(&kept_full[i], 1);
+      qm_barrier_open(&kept_empty[i], 128 * GROUPS);
+    }
     for (int i = 0; i < STAGES; i++) {
       qm_barrier_open(&full[i], 1);
       qm_barrier_open(&empty[i], 128 * GROUPS); /* lanes read rows' numbers */
@@ -63,13 +65,16 @@ static __global__ void __launch_bounds__(THREADS, 1)
         locate_keys<QUERIES>(shape, item, &tile);
       }
       const bool found = tile.steps >= 0;
-      qm_barrier_wait(&kept_empty, turn % 2 ^ 1);
+      const uint32_t side = turn % 2;
+      char *const tile_k = kept + side * 2 * plan::KEPT_BYTES;
+      char *const tile_v = tile_k + plan::KEPT_BYTES;
+      qm_barrier_wait(&kept_empty[side], turn / 2 % 2 ^ 1);
       if (threadIdx.x == 0) {
-        tiles_at_work[turn % 2] = tile;
-        qm_barrier_expect(&kept_full, found ? 2 * plan::KEPT_BYTES : 0);
+        tiles_at_work[turn % 4] = tile;
+        qm_barrier_expect(&kept_full[side], found ? 2 * plan::KEPT_BYTES : 0);
         if (found) {
-          qm_copy_rows<D, KEPT>(tile_k, &from.k, tile.head, tile.row, &kept_full);
-          qm_copy_rows<D, KEPT>(tile_v, &from.v, tile.head, tile.row, &kept_full);
+          qm_copy_rows<D, KEPT>(tile_k, &from.k, tile.head, tile.row, &kept_full[side]);
+          qm_copy_rows<D, KEPT>(tile_v, &from.v, tile.head, tile.row, &kept_full[side]);
         }
       }
       if (!found) break;
@@ -101,13 +106,13 @@ static __global__ void __launch_bounds__(THREADS, 1)
   qm_registers_take<plan::DKV_REGISTERS>();
   const int32_t group = (int32_t)threadIdx.x / 128 - 1, lane = threadIdx.x % 32, t = lane % 4;
   const int32_t warp_row = group * 64 + (int32_t)threadIdx.x % 128 / 32 * 16, g = lane / 4;
-  const uint64_t keys = qm_tile(tile_k + group * 64 * 128);
-  const uint64_t values = qm_tile(tile_v + group * 64 * 128);
+  const uint64_t kept_rows = qm_tile(kept + group * 64 * 128);
   const float scale = shape.scale * QM_LOG2E;
   float scores[QUERIES / 8][4], slopes[QUERIES / 8][4];
   uint32_t weights[QUERIES / 16][4], steep[QUERIES / 16][4];
   uint32_t held_keys[D / 16][4], held_values[D / 16][4];
 
+  uint32_t side = 0; /* where the keys and values are */
   /* Begins the products that give scores and slopes */
   const auto differ = [&](int32_t step) {
     const int32_t stage = step % STAGES;
@@ -118,6 +123,8 @@ static __global__ void __launch_bounds__(THREADS, 1)
       qm_multiply_fragments<T, D, QUERIES>(scores, held_keys, queries);
       qm_multiply_fragments<T, D, QUERIES>(slopes, held_values, douts);
     } else {
+      const uint64_t keys = qm_tile_at(kept_rows, side * 2 * plan::KEPT_BYTES);
+      const uint64_t values = qm_tile_at(keys, plan::KEPT_BYTES);
       qm_multiply_tiles<T, D, KEPT, QUERIES>(scores, keys, queries);
       qm_multiply_tiles<T, D, KEPT, QUERIES>(slopes, values, douts);
     }
@@ -125,14 +132,16 @@ static __global__ void __launch_bounds__(THREADS, 1)
 
   int32_t step = 0;
   for (uint32_t turn = 0;; turn++) {
-    qm_barrier_wait(&kept_full, turn % 2);
-    const kept_tile &tile = tiles_at_work[turn % 2];
+    side = turn % 2;
+    qm_barrier_wait(&kept_full[side], turn / 2 % 2);
+    const kept_tile &tile = tiles_at_work[turn % 4];
     const int32_t steps = tile.steps;
     if (steps < 0) return;
     if constexpr (plan::ROOM) {
+      const char *const tile_k = kept + side * 2 * plan::KEPT_BYTES;
       qm_tile_fragments<D, KEPT>(held_keys, tile_k, warp_row);
-      qm_tile_fragments<D, KEPT>(held_values, tile_v, warp_row);
-      qm_barrier_arrive(&kept_empty);
+      qm_tile_fragments<D, KEPT>(held_values, tile_k + plan::KEPT_BYTES, warp_row);
+      qm_barrier_arrive(&kept_empty[side]);
     }
     float dk[D / 8][4] = {}, dv[D / 8][4] = {};
     int32_t query = tile.first;
@@ -241,7 +250,7 @@ static __global__ void __launch_bounds__(THREADS, 1)
         finish(step % STAGES);
       }
     }
-    if (!plan::ROOM) qm_barrier_arrive(&kept_empty);
+    if (!plan::ROOM) qm_barrier_arrive(&kept_empty[side]);
     const int32_t mine = tile.row + warp_row, there = tile.span.k_end - mine;
     const int64_t head_at = (int64_t)tile.head * D;
     qm_store_rows_wide(x.dk + mine * shape.stride_k + head_at, shape.stride_k, there, dk,
