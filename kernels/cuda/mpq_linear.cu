@@ -8,11 +8,10 @@
 ** beyond 16 rows without Hopper's products.
 */
 #include "mpq.h"
-#include "mpq_linear_codes_launch.cuh"
 #include "mpq_linear_few.cuh"
 #include "mpq_linear_forward.cuh"
 #include "mpq_linear_transposed.cuh"
-#include "mpq_linear_wgmma.cuh"
+#include "mpq_linear_wgmma_launch.cuh"
 
 using namespace mpq_linear;
 
@@ -105,9 +104,7 @@ static int32_t launch_forward(qm_cuda *cuda, const task_group &group) {
   if (rows <= 8) return launch_few<T, 1>(cuda, group);
   if (rows <= 16) return launch_few<T, 2>(cuda, group);
   if (group.count > 1) return QM_E_UNSUPPORTED;
-  if (cuda->has_wgmma)
-    return group.part[0].asym ? codes::launch_hopper<T>(cuda, group.part[0])
-                              : launch_hopper<T>(cuda, group.part[0]);
+  if (cuda->has_wgmma) return launch_hopper<T>(cuda, group.part[0]);
   if (rows <= 32) return launch<forward<shape<T, 4, 8, 2, 2, 4, 3, 1>>>(cuda, group);
   return launch<forward<shape<T, 8, 12, 4, 1, 2, 4, 1>>>(cuda, group);
 }
