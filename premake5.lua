@@ -60,7 +60,7 @@ workspace "quartermoon"
     buildoptions { "-O0", "-g", "-DQM_DEBUG" }
     targetdir "build/debug"
   when "asan"
-    buildoptions { "-O1", "-g", "-DQM_DEBUG", "-fsanitize=address,undefined", "-fno-omit-frame-pointer",
+    buildoptions { "-O1", "-g1", "-DQM_DEBUG", "-fsanitize=address,undefined", "-fno-omit-frame-pointer",
       "-fno-sanitize-recover=undefined" }
     linkoptions { "-fsanitize=address,undefined" }
     if is_clang then -- whose sanitized loops are not vectorized, and need not be

@@ -158,7 +158,8 @@ static int32_t launch_shape(qm_cuda *cuda, const qm_cuda_norm *args, const qm_no
 template <bool CENTER, typename T>
 static int32_t launch(qm_cuda *cuda, const qm_cuda_norm *args) {
   const bool aligned = qm_aligned(args->x, 16) && qm_aligned(args->residual, 16) &&
-                       qm_aligned(args->sum, 16) && qm_aligned(args->out, 16);
+                       qm_aligned(args->sum, 16) && qm_aligned(args->out, 16) &&
+                       qm_aligned(args->weight, 16) && qm_aligned(args->bias, 16);
   const qm_norm_shape shape = qm_norm_shape_of(args->columns, 16 / sizeof(T), aligned, NARROW_ROWS,
                                                THREADS_WANTED, CENTER ? 2 : 4);
   if (shape.per_thread == 0) {

@@ -53,16 +53,17 @@ __device__ __forceinline__ float qm_any_float(const void *data, int32_t dtype, i
   return qm_float(((const __half *)data)[i]);
 }
 
-/* A row's elements in this thread's packs, which are threadIdx.x + p blockDim.x of the row's. Zeros
-** beyond the row's end, and where there is no row. */
+/* A row's elements in this thread's packs, which are threadIdx.x + p blockDim.x of the row's; data
+** is aligned to 16 bytes. Zeros beyond the row's end, and where there is no row. */
 template <typename T, int PACKS, int WIDTH>
 __device__ __forceinline__ void qm_read_packs(const T *data, int packs, float (&v)[PACKS][WIDTH]) {
-  const bool aligned = (uintptr_t)data % 16 == 0;
+  using pack = qm_words<WIDTH *(int)sizeof(T) / 4>;
 #pragma unroll
   for (int p = 0; p < PACKS; p++) {
     const int at = threadIdx.x + p * blockDim.x;
-    const bool there = data != NULL && at < packs;
-    qm_read<WIDTH>(data + (int64_t)at * WIDTH, there && aligned, there ? WIDTH : 0, v[p]);
+    pack words = {};
+    if (data != NULL && at < packs) words = ((const pack *)data)[at];
+    qm_unpack<T>(words, v[p]);
   }
 }
 template <int PACKS, int WIDTH>

@@ -226,7 +226,8 @@ static int32_t launch_any(qm_cuda *cuda, const qm_cuda_norm_backward *args) {
 template <bool CENTER, typename T>
 static int32_t launch(qm_cuda *cuda, const qm_cuda_norm_backward *args) {
   const bool aligned = qm_aligned(args->dout, 16) && qm_aligned(args->x, 16) &&
-                       qm_aligned(args->dsum, 16) && qm_aligned(args->dx, 16);
+                       qm_aligned(args->dsum, 16) && qm_aligned(args->dx, 16) &&
+                       qm_aligned(args->weight, 16);
   const qm_norm_shape shape =
       qm_norm_shape_of(args->columns, 16 / sizeof(T), aligned, NARROW_ROWS, THREADS_WANTED, 2);
   if (shape.per_thread == 0) return launch_any<CENTER, T>(cuda, args);

@@ -12,12 +12,12 @@ $(OUT)/libquartermoon_cuda.so: $(OBJECTS)
 	$(CXX) -shared $(EXTRA) -o $@ $(OBJECTS) -fopenmp -llapacke -lm -Wl,-z,nodelete
 
 $(OUT)/%.cpp: kernels/cuda/%.cu $(HERE)/translate.lua
-	$(CXX) $(FLAGS) $(DEVICE) -MMD -MF $(OUT)/$*.d -MT $@ -E -x c++ $< | luajit $(HERE)/translate.lua >$@.part
+	$(CXX) $(FLAGS) $(DEVICE) -MMD -MP -MF $(OUT)/$*.d -MT $@ -E -x c++ $< | luajit $(HERE)/translate.lua >$@.part
 	mv $@.part $@
 $(OUT)/%.o: $(OUT)/%.cpp
 	$(CXX) $(FLAGS) $(DEVICE) -fpreprocessed -c $< -o $@
 $(OUT)/part_%.o: $(HERE)/%.cpp
-	$(CXX) $(FLAGS) -O3 -Wall -Wextra -MMD -c $< -o $@
+	$(CXX) $(FLAGS) -O3 -Wall -Wextra -MMD -MP -c $< -o $@
 
 .SECONDARY:
 -include $(wildcard $(OUT)/*.d)
