@@ -58,9 +58,11 @@ describe("qm.layer_norm", function()
     for _, columns in ipairs({ 64, 515 }) do
       local x, dout = qm.randn({ 9, columns }, reference):to("bf16"), qm.randn({ 9, columns }, reference):to("bf16")
       local weight, bias = qm.randn({ columns }, reference), qm.randn({ columns }, reference)
-      local expected, actual = testing.both({ x, weight, bias, dout }, run, testing.shifted)
-      for i, name in ipairs(NAMES) do
-        testing.assert_close(expected[i], actual[i], i > 2 and 1e-5 or tolerance.bf16, name)
+      for _, move in ipairs({ testing.shifted, testing.vectors_shifted }) do
+        local expected, actual = testing.both({ x, weight, bias, dout }, run, move)
+        for i, name in ipairs(NAMES) do
+          testing.assert_close(expected[i], actual[i], i > 2 and 1e-5 or tolerance.bf16, name)
+        end
       end
     end
   end)

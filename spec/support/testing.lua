@@ -40,6 +40,9 @@ function M.shifted(x)
   return room:view_rows("shifted", 2, count):view_as("shifted", x.shape):copy(x)
 end
 
+---To the device, and only vectors, such as weights, like M.shifted.
+function M.vectors_shifted(x) return #x.shape == 1 and M.shifted(x) or x:to(M.device) end
+
 ---A call that is given a number from a tensor which it cannot take. Host devices look first and say
 ---`sentence`; others leave that number out, and the next call that waits says `late`.
 function M.assert_refused_late(call, sentence, late)
