@@ -15,10 +15,7 @@ static __global__ __launch_bounds__(256) void add_splits(task p, int32_t splits)
   const float4 *const part = (const float4 *)p.partial + at;
   float4 sum = __ldcg(part);
 #pragma unroll 4
-  for (int32_t i = 1; i < splits; i++) {
-    const float4 more = __ldcg(part + i * fours);
-    sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
-  }
+  for (int32_t i = 1; i < splits; i++) add(sum, __ldcg(part + i * fours));
   store_rounded<T>(p.out, 4 * at, sum);
 }
 
