@@ -91,7 +91,7 @@ static void describe(void *context, qm_device_info *out) {
   out->total_bytes = (int64_t)total_bytes;
   snprintf(out->description, sizeof out->description, "%s", cuda->description);
   out->fast_bf16 = 1;
-  out->fused_rows = 64;
+  out->fused_rows = cuda->has_wgmma ? 128 : 64; /* two passes of Hopper's kernel */
 }
 
 static qm_backend backend;

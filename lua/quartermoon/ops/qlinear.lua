@@ -12,13 +12,15 @@ local record, needs_grad = autograd.record, autograd.needs_grad
 
 local M = {}
 
+local TRANSPOSED_MOST = 64 -- no device gains beyond that
+
 ---Whether a product runs straight from the codes: for few rows. For more, a dense weight that lives no
 ---longer than the product is faster; the device knows from where on.
 local fused_rows = setmetatable({}, { __mode = "k" })
-local function is_fused(x)
+local function is_fused(x, transposed)
   local device = x.device
   if not fused_rows[device] then fused_rows[device] = device:info().fused_rows end
-  return x.shape[1] <= fused_rows[device]
+  return x.shape[1] <= (transposed and math.min(fused_rows[device], TRANSPOSED_MOST) or fused_rows[device])
 end
 
 ---x W, or with `transposed` x W^T, straight from the codes: a new tensor of x's type.
@@ -53,7 +55,7 @@ end
 local function input_gradient(name, x, q, dout)
   if not needs_grad(x) then return nil end
   local dx
-  if is_fused(x) then
+  if is_fused(x, true) then
     dx = fused(name, dout, q, true)
   else
     dx = with_weight(q, x.dtype, function(w)
