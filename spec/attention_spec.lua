@@ -26,6 +26,12 @@ local function run(options)
   end
 end
 
+local function each(count, length)
+  local lengths = {}
+  for i = 1, count do lengths[i] = length end
+  return lengths
+end
+
 -- Lengths of queries and keys per sequence, heads, key heads, head size, options.
 local CASES = {
   { q = { 1 }, k = { 1 }, h = 1, hk = 1, d = 1 },
@@ -41,6 +47,10 @@ local CASES = {
   { q = { 200, 65 }, k = { 260, 65 }, h = 6, hk = 2, d = 64, options = { causal = false } },
   { q = { 1, 0, 1, 0, 3 }, k = { 300, 212, 5, 0, 413 }, h = 8, hk = 2, d = 128 }, -- decoding with a cache
   { q = { 1 }, k = { 520 }, h = 8, hk = 2, d = 128 }, -- keys split over blocks
+  { q = { 1 }, k = { 700 }, h = 3, hk = 1, d = 128 }, -- the same for groups of any size
+  { q = { 0, 1 }, k = { 1, 900 }, h = 12, hk = 1, d = 128 },
+  { q = { 1 }, k = { 1100 }, h = 5, hk = 1, d = 64 },
+  { q = each(33, 1), k = each(33, 5), h = 2, hk = 2, d = 64 }, -- more sequences than a warp has lanes
   { q = { 1, 0 }, k = { 130, 70 }, h = 4, hk = 1, d = 64, options = { window = 129 } },
   { q = { 2, 5 }, k = { 500, 3 }, h = 16, hk = 1, d = 64, options = { window = 300 } },
   { q = { 5 }, k = { 260 }, h = 6, hk = 2, d = 128, options = { causal = false, scale = 0.2 } },

@@ -76,6 +76,25 @@ static __device__ __forceinline__ int32_t qm_attention_sequence(const int32_t *c
   return low;
 }
 
+/* The span of the sequence that holds query row `row`. A warp's lanes call; where they can hold all
+** offsets these come at once. */
+static __device__ __forceinline__ qm_attention_span
+qm_attention_span_at(const qm_attention_shape &shape, int32_t row) {
+  if (shape.sequences >= 32)
+    return qm_attention_span_of(shape, qm_attention_sequence(shape.cu_q, shape.sequences, row));
+  const int32_t lane = threadIdx.x % 32, at = min(lane, shape.sequences);
+  const int32_t q = max(0, min(shape.cu_q[at], shape.rows_q));
+  const int32_t k = max(0, min(shape.cu_k[at], shape.rows_k));
+  const unsigned begun = __ballot_sync(0xFFFFFFFFu, lane < shape.sequences && q <= row);
+  const int32_t s = begun == 0 ? 0 : 31 - __clz((int)begun);
+  qm_attention_span span;
+  span.q_first = __shfl_sync(0xFFFFFFFFu, q, s);
+  span.q_end = max(span.q_first, __shfl_sync(0xFFFFFFFFu, q, s + 1));
+  span.k_first = __shfl_sync(0xFFFFFFFFu, k, s);
+  span.k_end = max(span.k_first, __shfl_sync(0xFFFFFFFFu, k, s + 1));
+  return span;
+}
+
 /* Key rows first .. end - 1 are what query row `query` of a sequence sees. */
 static __device__ __forceinline__ void qm_attention_keys(const qm_attention_shape &shape,
                                                          const qm_attention_span &span,

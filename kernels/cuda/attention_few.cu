@@ -8,61 +8,10 @@
 ** bits every time. Source: Dao et al., Flash-Decoding, 2023.
 */
 #include "attention_few.h"
-#include "attention_softmax.cuh"
-
-enum {
-  WARPS = 8,
-  THREADS = 32 * WARPS,
-  WARP_KEYS = 16,
-  TILE = WARPS * WARP_KEYS,
-  ROWS_MAX = 64,
-  GROUP_MAX = 16, /* query heads to a key head */
-  TICKETS = 1024
-};
+#include "attention_few_sums.cuh"
 
 /* How many blocks of a query and key head have left their sums; 0 between launches. */
 static __device__ uint32_t tickets[TICKETS];
-
-/* One head's sums over some keys. */
-template <int D>
-struct head_sums {
-  float values[D];
-  float most, sum; /* of scores times log2 e; of weights */
-};
-
-template <bool SHARED>
-static __device__ __forceinline__ float load(const float *x) {
-  return SHARED ? *x : __ldcg(x);
-}
-
-/* Add `count` parts, [count][group], in order: to `whole`, or, where that is NULL, to the end: the
-** heads' out and lse. */
-template <bool SHARED, typename T, int D>
-static __device__ __forceinline__ void merge(const head_sums<D> *parts, int32_t count,
-                                             int32_t group, head_sums<D> *whole, T *out,
-                                             float *lse) {
-  for (int32_t i = (int32_t)threadIdx.x; i < group * D; i += THREADS) {
-    const int32_t head = i / D, d = i % D;
-    const head_sums<D> *const mine = parts + head;
-    float most = -INFINITY, sum = 0.0f, value = 0.0f;
-    for (int32_t p = 0; p < count; p++) most = fmaxf(most, load<SHARED>(&mine[p * group].most));
-    const float base = most == -INFINITY ? 0.0f : most; /* no key was seen */
-    for (int32_t p = 0; p < count; p++) {
-      const float keep = qm_exp2(load<SHARED>(&mine[p * group].most) - base);
-      sum = fmaf(load<SHARED>(&mine[p * group].sum), keep, sum);
-      value = fmaf(load<SHARED>(&mine[p * group].values[d]), keep, value);
-    }
-    if (whole == NULL) {
-      out[i] = qm_as<T>(sum == 0.0f ? 0.0f : value / sum);
-      if (d == 0) lse[head] = sum == 0.0f ? -INFINITY : (most + log2f(sum)) * QM_LN2;
-      continue;
-    }
-    __stcg(&whole[head].values[d], value);
-    if (d != 0) continue;
-    __stcg(&whole[head].most, most);
-    __stcg(&whole[head].sum, sum);
-  }
-}
 
 /* 16 bytes of a row, zeros where it is none of this split's. */
 template <typename T>
@@ -149,13 +98,14 @@ static __global__ void __launch_bounds__(THREADS)
   const int32_t group = shape.heads / shape.kv_heads, warp = (int32_t)threadIdx.x / 32;
   qm_take_turn();
   if (kv_head + query + split == 0) qm_attention_check(shape, late);
-  const qm_attention_span span =
-      qm_attention_span_of(shape, qm_attention_sequence(shape.cu_q, shape.sequences, query));
+  const qm_attention_span span = qm_attention_span_at(shape, query);
   int32_t first, end;
   qm_attention_keys(shape, span, query, &first, &end);
-  const int32_t tiles = (end - first + TILE - 1) / TILE;
-  const int32_t split_keys = (tiles + splits - 1) / splits * TILE;
-  const int32_t busy = tiles == 0 ? 1 : (end - first + split_keys - 1) / split_keys;
+  /* Two tiles, one after the other, take less time than two blocks that add up. */
+  const int32_t keys = end - first, even = (keys + splits - 1) / splits;
+  const int32_t split_keys =
+      keys <= 2 * TILE ? 2 * TILE : max(TILE, (even + WARP_KEYS - 1) / WARP_KEYS * WARP_KEYS);
+  const int32_t busy = keys == 0 ? 1 : (keys + split_keys - 1) / split_keys;
   if (split >= busy) return;
   first += split * split_keys;
   end = min(end, first + split_keys);
@@ -190,9 +140,9 @@ static __global__ void __launch_bounds__(THREADS)
 
   const int64_t of = (int64_t)query * shape.heads + (int64_t)kv_head * group;
   head_sums<D> *const nowhere = NULL;
-  if (busy == 1) return merge<true>(parts, WARPS, group, nowhere, out + of * D, lse + of);
+  if (busy == 1) return add_warps(parts, group, nowhere, out + of * D, lse + of);
   head_sums<D> *const splits_at = partial + of * splits; /* [splits][group] */
-  merge<true>(parts, WARPS, group, splits_at + split * group, (T *)NULL, NULL);
+  add_warps(parts, group, splits_at + split * group, (T *)NULL, NULL);
   __shared__ uint32_t ticket;
   __threadfence();
   __syncthreads();
@@ -202,7 +152,7 @@ static __global__ void __launch_bounds__(THREADS)
   if (ticket + 1 != (uint32_t)busy) return;
   __threadfence();
   if (threadIdx.x == 0) *counter = 0;
-  merge<false>(splits_at, busy, group, nowhere, out + of * D, lse + of);
+  add_splits(splits_at, busy, group, (float *)memory, out + of * D, lse + of);
 }
 
 bool qm_cuda_attention_is_few(const qm_attention_args *args) {
@@ -214,8 +164,8 @@ template <typename T, int D>
 static int32_t launch(qm_cuda *cuda, const qm_attention_args *args) {
   const qm_attention_shape shape = qm_attention_shape_of(args);
   const int64_t blocks = args->rows_q * args->kv_heads, group = args->heads / args->kv_heads;
-  /* Two blocks to a multiprocessor, none without keys. */
-  const int64_t room = 2 * (int64_t)cuda->multiprocessors / blocks;
+  /* As many blocks as there is room for at once by their registers, none without keys. */
+  const int64_t room = (D == 64 ? 2 : 1) * (int64_t)cuda->multiprocessors / blocks;
   const int64_t most = qm_ceil_div(args->rows_k, TILE);
   const int64_t splits = room < 2 || most < 2 || blocks > TICKETS ? 1 : room < most ? room : most;
   head_sums<D> *partial = NULL;
