@@ -105,7 +105,7 @@ typedef struct qm_device_info {
   int32_t index;
   int32_t threads;       /* worker threads of host devices, 0 elsewhere */
   int32_t fast_bf16;     /* 1 where bf16 matrix products outrun f32 ones */
-  int32_t fused_rows;    /* up to so many, qm_mpq_linear outruns a dense weight's product */
+  int32_t fused_rows;    /* up to so many, qm_mpq_linear's x W outruns a dense weight's */
   int64_t total_bytes;   /* of the device's own memory; 0 where it uses the host's */
   int64_t free_bytes;    /* what of it nobody uses */
 } qm_device_info;

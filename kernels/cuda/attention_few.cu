@@ -166,7 +166,8 @@ static int32_t launch(qm_cuda *cuda, const qm_attention_args *args) {
   const int64_t blocks = args->rows_q * args->kv_heads, group = args->heads / args->kv_heads;
   /* As many blocks as there is room for at once by their registers, none without keys. */
   const int64_t room = (D == 64 ? 2 : 1) * (int64_t)cuda->multiprocessors / blocks;
-  const int64_t most = qm_ceil_div(args->rows_k, TILE);
+  const int64_t tiles = qm_ceil_div(args->rows_k, TILE);
+  const int64_t most = tiles < splits_most<D> ? tiles : splits_most<D>;
   const int64_t splits = room < 2 || most < 2 || blocks > TICKETS ? 1 : room < most ? room : most;
   head_sums<D> *partial = NULL;
   if (splits > 1) {

@@ -23,6 +23,10 @@ struct head_sums {
   float unused[2]; /* so that four values lie side by side where 16 bytes do */
 };
 
+/* Splits at most: add_splits keeps two numbers of each in the place of the warps' parts. */
+template <int D>
+constexpr int64_t splits_most = WARPS * sizeof(head_sums<D>) / (2 * sizeof(float));
+
 /* What a part's sums count for among others, the largest score of all being `most`. */
 static __device__ __forceinline__ float share(float part_most, float most) {
   return qm_exp2(part_most - (most == -INFINITY ? 0.0f : most)); /* no key was seen */
