@@ -263,6 +263,47 @@ describe("qm_mpq_linear", function()
     few(96, 17024, 32, 18, true)
   end)
 
+  -- Hopper's GPUs have their own way, where tiles of 32 columns are enough for the multiprocessors and features come
+  -- in units of 128. x is laid out by groups, so that rows of larger span than f16's must lose nothing.
+  it("multiplies one row", function()
+    local turn = 0
+    local function one(k, n, group_size, asym, spread)
+      turn = turn + 1
+      local dtype = (turn % 2 == 0 or spread) and "bf16" or "f16"
+      local scales = math.floor(turn / 2) % 2 == 0 and "f16" or "bf16"
+      local q = mpq.random(k, n, { group_size = group_size, asym = asym, dtype = scales })
+      local values = qm.randn({ 1, k }, { device = "reference" }):totable()
+      for i = 1, spread and k or 0, 3 do values[1][i] = values[1][i] * 2 ^ math.random(-spread, spread) end
+      local x, there = qm.tensor(values, { device = "reference" }):to(dtype), q:to(testing.device)
+      local expected = qm.matmul(x:to("f32"), q:dequantize("f32"))
+      testing.assert_close(expected, product(x, there, false):to("f32"), dtype == "f16" and 2 ^ -10 or 2 ^ -7,
+        ("%s, a row of %s, scales %s"):format(tostring(q), dtype, scales))
+      there:free()
+    end
+    -- Columns for 4 multiprocessors, as are emulated, or for a GPU's; then more than its blocks take at once.
+    local emulated = testing.device == "cpu" or qm.default_device():info().description:find("no GPU", 1, true)
+    local wide, several = emulated and 96 or 4256, emulated and 1120 or 34304
+    for i, group_size in ipairs({ 32, 64, 128, 256, -1 }) do
+      one(384, wide, group_size, i % 2 == 0)
+      one(128 * math.random(8), wide + 32 * math.random(4), group_size, i % 2 == 1)
+    end
+    one(4096 + 128 * math.random(3), wide, 128, true, 60)
+    one(2176, wide, 64, false, 100)
+    one(128, several, 32, true)
+    one(2176, emulated and 288 or wide, 4096, true)
+  end)
+
+  it("has no number where one row has none", function()
+    local q = mpq.random(256, 4256, { group_size = 128, dtype = "bf16" }):to(testing.device)
+    for _, value in ipairs({ 0 / 0, 1 / 0 }) do
+      local values = { {} }
+      for i = 1, 256 do values[1][i] = i == 77 and value or 1 end
+      local out = product(qm.tensor(values, { device = "reference" }):to("bf16"), q, false):to("f32"):totable()[1]
+      for i = 1, 4256, 997 do assert.is_true(out[i] ~= out[i] or math.abs(out[i]) == 1 / 0) end
+    end
+    q:free()
+  end)
+
   it("follows g_idx and q_perm", function()
     for _, dtype in ipairs({ "f32", "bf16" }) do
       parity(mpq.random(96, 64, { group_size = 32, g_idx = mpq.random_groups(96, 3) }), dtype, 4)

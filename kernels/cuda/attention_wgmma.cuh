@@ -83,7 +83,7 @@ static __device__ __forceinline__ void qm_items_done() {
 }
 
 /* Describe x [rows, heads, head_size], rows `stride` elements apart, for copies of box_rows rows of
-** 64 columns of one head. */
+** 64 columns of one head, swizzled; of all columns where there are fewer, as they lie. */
 int32_t qm_map_rows(CUtensorMap *map, const qm_array *x, int64_t rows, int64_t heads,
                     int64_t head_size, int64_t stride, uint32_t box_rows);
 

@@ -10,6 +10,7 @@
 #include "mpq.h"
 #include "mpq_linear_few.cuh"
 #include "mpq_linear_forward.cuh"
+#include "mpq_linear_row_launch.cuh"
 #include "mpq_linear_transposed.cuh"
 #include "mpq_linear_wgmma_launch.cuh"
 
@@ -101,6 +102,10 @@ static int32_t launch_few(qm_cuda *cuda, const task_group &group) {
 template <typename T>
 static int32_t launch_forward(qm_cuda *cuda, const task_group &group) {
   const int64_t rows = group.part[0].rows;
+  if (rows == 1 && cuda->has_wgmma) {
+    const int32_t status = launch_row<T>(cuda, group);
+    if (status != QM_E_UNSUPPORTED) return status;
+  }
   if (rows <= 8) return launch_few<T, 1>(cuda, group);
   if (rows <= 16) return launch_few<T, 2>(cuda, group);
   if (group.count > 1) return QM_E_UNSUPPORTED;

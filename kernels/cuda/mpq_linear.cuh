@@ -108,6 +108,12 @@ __device__ __forceinline__ uint32_t biased(uint32_t codes) {
   return masked(codes, 0x000F000Fu, pair_of<T>::magic);
 }
 
+/* A scale, or a zero, of 16 bits, the lower ones. */
+__device__ __forceinline__ float scale_of(uint32_t bits, int32_t is_bf16) {
+  return is_bf16 ? __uint_as_float(bits << 16)
+                 : __half2float(__ushort_as_half((unsigned short)bits));
+}
+
 /* Keep x in its register: the compiler would rather compute thread indices again and again. */
 __device__ __forceinline__ int32_t kept(int32_t x) {
   asm volatile("" : "+r"(x));
@@ -133,6 +139,16 @@ __device__ __forceinline__ uint4 read_16(int32_t from) {
                : "=r"(out.x), "=r"(out.y), "=r"(out.z), "=r"(out.w)
                : "r"(from)
                : "memory");
+  return out;
+}
+__device__ __forceinline__ uint32_t read_4(uint32_t from) {
+  uint32_t out;
+  asm volatile("ld.shared.u32 %0, [%1];\n" : "=r"(out) : "r"(from) : "memory");
+  return out;
+}
+__device__ __forceinline__ uint32_t read_1(uint32_t from) {
+  uint32_t out;
+  asm volatile("ld.shared.u8 %0, [%1];\n" : "=r"(out) : "r"(from) : "memory");
   return out;
 }
 __device__ __forceinline__ uint2 read_8(int32_t from) {

@@ -11,8 +11,7 @@ __device__ __forceinline__ void widen(float (&out)[4], uint2 raw, int32_t is_bf1
   const uint32_t halves[2] = {raw.x, raw.y};
 #pragma unroll
   for (int i = 0; i < 4; i++) {
-    const uint32_t bits = halves[i / 2] >> (16 * (i % 2)) & 0xFFFFu;
-    out[i] = is_bf16 ? __uint_as_float(bits << 16) : __half2float(__ushort_as_half(bits));
+    out[i] = scale_of(halves[i / 2] >> (16 * (i % 2)), is_bf16);
   }
 }
 /* Of the grid's elements from `at` on, a multiple of 4. Zero points come as zeros.x, those of `at`

@@ -23,12 +23,13 @@ int32_t qm_map_rows(CUtensorMap *map, const qm_array *x, int64_t rows, int64_t h
     return qm_cuda_host->fail(QM_E_DEVICE, "cuda: the driver has no cuTensorMapEncodeTiled");
   const cuuint64_t extents[] = {(cuuint64_t)head_size, (cuuint64_t)heads, (cuuint64_t)rows};
   const cuuint64_t strides_bytes[] = {(cuuint64_t)head_size * 2, (cuuint64_t)stride * 2};
-  const cuuint32_t box[] = {64, 1, box_rows}, steps[] = {1, 1, 1};
+  const cuuint32_t columns = head_size < 64 ? (cuuint32_t)head_size : 64;
+  const cuuint32_t box[] = {columns, 1, box_rows}, steps[] = {1, 1, 1};
   const CUresult result = encode(
       map, x->dtype == QM_F16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
       3, x->data, extents, strides_bytes, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
-      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+      columns == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE,
+      CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result == CUDA_SUCCESS) return QM_OK;
   return qm_cuda_host->fail(QM_E_DEVICE, "cuda: cuTensorMapEncodeTiled: error %d", (int)result);
 }

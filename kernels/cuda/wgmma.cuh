@@ -151,9 +151,12 @@ static __device__ __forceinline__ uint32_t qm_shared(const void *at) {
   return (uint32_t)__cvta_generic_to_shared(at);
 }
 
-static __device__ __forceinline__ void qm_barrier_open(uint64_t *barrier, uint32_t arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n" ::"r"(qm_shared(barrier)), "r"(arrivals)
+static __device__ __forceinline__ void qm_barrier_open(uint32_t barrier, uint32_t arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n" ::"r"(barrier), "r"(arrivals)
                : "memory");
+}
+static __device__ __forceinline__ void qm_barrier_open(uint64_t *barrier, uint32_t arrivals) {
+  qm_barrier_open(qm_shared(barrier), arrivals);
 }
 static __device__ __forceinline__ void qm_barrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];\n" ::"r"(barrier) : "memory");
@@ -164,9 +167,12 @@ static __device__ __forceinline__ void qm_barrier_arrive(uint64_t *barrier) {
 /* Arrive for a warp whose products are done with what they read. What lanes read with loads of
 ** their own, each says itself that it has read: compute-sanitizer's racecheck follows no lane
 ** through __syncwarp. */
-static __device__ __forceinline__ void qm_barrier_arrive_warp(uint64_t *barrier) {
+static __device__ __forceinline__ void qm_barrier_arrive_warp(uint32_t barrier) {
   __syncwarp();
   if (threadIdx.x % 32 == 0) qm_barrier_arrive(barrier);
+}
+static __device__ __forceinline__ void qm_barrier_arrive_warp(uint64_t *barrier) {
+  qm_barrier_arrive_warp(qm_shared(barrier));
 }
 /* Arrive, and let the barrier wait for so many bytes of copies too. */
 static __device__ __forceinline__ void qm_barrier_expect(uint32_t barrier, uint32_t bytes) {
@@ -200,6 +206,17 @@ static __device__ __forceinline__ void qm_copy_tile(void *tile, const CUtensorMa
       "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], "
       "[%1, {%3, %4, %5}], [%2];\n" ::"r"((uint32_t)__cvta_generic_to_shared(tile)),
       "l"(map), "r"((uint32_t)__cvta_generic_to_shared(barrier)), "r"(column), "r"(head), "r"(row)
+      : "memory");
+}
+/* The same for what nobody reads again soon: it leaves the L2 first. */
+static __device__ __forceinline__ void qm_copy_tile_once(uint32_t tile, const CUtensorMap *map,
+                                                         int32_t column, int32_t head, int32_t row,
+                                                         uint32_t barrier) {
+  constexpr uint64_t EVICT_FIRST = 0x12F0000000000000u; /* as createpolicy makes it */
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1, {%3, %4, %5}], [%2], %6;\n" ::"r"(tile),
+      "l"(map), "r"(barrier), "r"(column), "r"(head), "r"(row), "l"(EVICT_FIRST)
       : "memory");
 }
 

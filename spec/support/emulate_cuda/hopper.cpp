@@ -137,7 +137,7 @@ void mbarrier_arrive_expect_tx_shared__cta_b64(uint32_t address, uint32_t bytes)
 
 /* ---- bulk copies ---- */
 
-static const int BOX_ROW_BYTES = 128;
+static const int SWIZZLED_ROW_BYTES = 128;
 
 static void copy_box(const background_copy &copy) {
   const CUtensorMap &map = *copy.map;
@@ -153,9 +153,9 @@ static void copy_box(const background_copy &copy) {
                (const char *)map.data + row * (int64_t)map.strides_bytes[1] +
                    copy.head * (int64_t)map.strides_bytes[0] + column * 2,
                2);
-      const uint32_t plain = copy.swizzle_from + r * BOX_ROW_BYTES + c * 2;
-      const uint32_t swizzled = plain ^ (plain >> 7 & 7) << 4;
-      memcpy(copy.to + (swizzled - copy.swizzle_from), &value, 2);
+      const uint32_t plain = copy.swizzle_from + (r * map.box[0] + c) * 2;
+      const uint32_t place = map.swizzled ? plain ^ (plain >> 7 & 7) << 4 : plain;
+      memcpy(copy.to + (place - copy.swizzle_from), &value, 2);
     }
 }
 
@@ -187,8 +187,8 @@ void mbarrier_try_wait_parity_shared__cta_b64(bool &done, uint32_t address, uint
 void cp_async_bulk_tensor_3d_shared__cluster_global_mbarrier__complete_tx__bytes(
     uint32_t to, const CUtensorMap *map, int32_t column, int32_t head, int32_t row,
     uint32_t barrier) {
-  const uint32_t bytes = map->box[2] * BOX_ROW_BYTES;
-  if (to % 1024 != 0) die("a swizzled tile begins at %#x", to);
+  const uint32_t bytes = map->box[2] * map->box[0] * 2;
+  if (map->swizzled && to % 1024 != 0) die("a swizzled tile begins at %#x", to);
   char *target = shared_memory(to, bytes, 128);
   memset(target, 0xFF, bytes);
   copies.push_back({target, map, column, head, row, to, nullptr, bytes, at(barrier)});
@@ -209,13 +209,16 @@ static CUresult encode(CUtensorMap *out, int, uint32_t, void *data, const uint64
                        int swizzle, int, int) {
   const bool aligned =
       (uintptr_t)data % 16 == 0 && strides_bytes[0] % 16 == 0 && strides_bytes[1] % 16 == 0;
-  const bool fits = box[0] * 2 == BOX_ROW_BYTES && box[1] == 1 && box[2] <= 256 && extents[0] > 0 &&
-                    extents[1] > 0 && extents[2] > 0;
-  if (!aligned || !fits || swizzle != CU_TENSOR_MAP_SWIZZLE_128B) return CUDA_ERROR_INVALID_VALUE;
+  const bool swizzled = swizzle == CU_TENSOR_MAP_SWIZZLE_128B;
+  const bool fits = box[0] % 8 == 0 && box[0] <= 256 && box[1] == 1 && box[2] <= 256 &&
+                    extents[0] > 0 && extents[1] > 0 && extents[2] > 0;
+  if (!aligned || !fits) return CUDA_ERROR_INVALID_VALUE;
+  if (swizzled && box[0] * 2 != SWIZZLED_ROW_BYTES) return CUDA_ERROR_INVALID_VALUE;
   *out = {data,
           {extents[0], extents[1], extents[2]},
           {strides_bytes[0], strides_bytes[1]},
-          {box[0], box[1], box[2]}};
+          {box[0], box[1], box[2]},
+          swizzled};
   return CUDA_SUCCESS;
 }
 

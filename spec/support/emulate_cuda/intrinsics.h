@@ -7,6 +7,10 @@
 
 /* ---- bits ---- */
 
+static inline int32_t __dp4a(int32_t a, int32_t b, int32_t sum) {
+  for (int i = 0; i < 32; i += 8) sum += (int8_t)(a >> i) * (int8_t)(b >> i);
+  return sum;
+}
 static inline float __uint_as_float(uint32_t x) {
   float y;
   memcpy(&y, &x, sizeof y);

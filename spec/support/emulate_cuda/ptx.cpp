@@ -108,4 +108,39 @@ void multiply(bool bf16, float *(&d)[4], const uint32_t (&a)[4], const uint32_t 
   meet(0xFFFFFFFFu, &mine, bf16 ? mma<true> : mma<false>);
 }
 
+struct byte_operands {
+  int32_t *d[4];
+  uint32_t a[4], b[2];
+  int32_t c[4];
+};
+static void mma_bytes(void *const *lanes) {
+  uint8_t a[16][32];
+  int8_t b[8][32];
+  for (int l = 0; l < 32; l++) {
+    const byte_operands *from = (const byte_operands *)lanes[l];
+    if (from == NULL) die("a lane is missing in mma");
+    const int g = l / 4, t = l % 4;
+    for (int i = 0; i < 16; i++)
+      a[g + i / 4 % 2 * 8][t * 4 + i / 8 * 16 + i % 4] = (uint8_t)(from->a[i / 4] >> i % 4 * 8);
+    for (int i = 0; i < 8; i++)
+      b[g][t * 4 + i / 4 * 16 + i % 4] = (int8_t)(from->b[i / 4] >> i % 4 * 8);
+  }
+  for (int l = 0; l < 32; l++) {
+    const byte_operands *to = (const byte_operands *)lanes[l];
+    for (int i = 0; i < 4; i++) {
+      int32_t sum = to->c[i];
+      for (int k = 0; k < 32; k++) sum += a[l / 4 + i / 2 * 8][k] * b[l % 4 * 2 + i % 2][k];
+      *to->d[i] = sum;
+    }
+  }
+}
+void mma_sync_aligned_m16n8k32_row_col_s32_u8_s8_s32(int32_t &d0, int32_t &d1, int32_t &d2,
+                                                     int32_t &d3, uint32_t a0, uint32_t a1,
+                                                     uint32_t a2, uint32_t a3, uint32_t b0,
+                                                     uint32_t b1, int32_t c0, int32_t c1,
+                                                     int32_t c2, int32_t c3) {
+  byte_operands mine = {{&d0, &d1, &d2, &d3}, {a0, a1, a2, a3}, {b0, b1}, {c0, c1, c2, c3}};
+  meet(0xFFFFFFFFu, &mine, mma_bytes);
+}
+
 }  // namespace emulate::ptx

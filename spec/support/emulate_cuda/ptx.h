@@ -38,6 +38,14 @@ inline void elect_sync(bool &elected, uint32_t lanes) {
 /* ---- shared memory ---- */
 
 template <typename T>
+void ld_shared_u8(T &x, uint32_t from) {
+  x = *(const uint8_t *)shared_memory(from, 1, 1);
+}
+template <typename T>
+void ld_shared_u32(T &x, uint32_t from) {
+  x = *(const uint32_t *)shared_memory(from, 4, 4);
+}
+template <typename T>
 void ld_shared_v2_u32(T &x, T &y, uint32_t from) {
   const uint32_t *at = (const uint32_t *)shared_memory(from, 8, 8);
   x = at[0], y = at[1];
@@ -84,6 +92,12 @@ void multiply(bool bf16, float *(&d)[4], const uint32_t (&a)[4], const uint32_t 
 QM_EMULATE_MMA(mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32, true)
 QM_EMULATE_MMA(mma_sync_aligned_m16n8k16_row_col_f32_f16_f16_f32, false)
 #undef QM_EMULATE_MMA
+/* The same of bytes, unsigned in a and signed in b, fragments as m16n8k32 has them. */
+void mma_sync_aligned_m16n8k32_row_col_s32_u8_s8_s32(int32_t &d0, int32_t &d1, int32_t &d2,
+                                                     int32_t &d3, uint32_t a0, uint32_t a1,
+                                                     uint32_t a2, uint32_t a3, uint32_t b0,
+                                                     uint32_t b1, int32_t c0, int32_t c1,
+                                                     int32_t c2, int32_t c3);
 
 /* ---- products of a warpgroup ---- */
 
@@ -135,6 +149,13 @@ void mbarrier_try_wait_parity_shared__cta_b64(bool &done, uint32_t barrier, uint
 void cp_async_bulk_tensor_3d_shared__cluster_global_mbarrier__complete_tx__bytes(
     uint32_t to, const CUtensorMap *map, int32_t column, int32_t head, int32_t row,
     uint32_t barrier);
+inline void
+cp_async_bulk_tensor_3d_shared__cluster_global_mbarrier__complete_tx__bytes_L2__cache_hint(
+    uint32_t to, const CUtensorMap *map, int32_t column, int32_t head, int32_t row,
+    uint32_t barrier, uint64_t) {
+  cp_async_bulk_tensor_3d_shared__cluster_global_mbarrier__complete_tx__bytes(to, map, column, head,
+                                                                              row, barrier);
+}
 void cp_async_bulk_shared__cluster_global_mbarrier__complete_tx__bytes(uint32_t to,
                                                                        const void *from,
                                                                        uint32_t bytes,

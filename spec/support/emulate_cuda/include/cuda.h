@@ -13,7 +13,7 @@ typedef enum {
   CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
 } CUtensorMapDataType;
 typedef enum { CU_TENSOR_MAP_INTERLEAVE_NONE } CUtensorMapInterleave;
-typedef enum { CU_TENSOR_MAP_SWIZZLE_128B = 3 } CUtensorMapSwizzle;
+typedef enum { CU_TENSOR_MAP_SWIZZLE_NONE = 0, CU_TENSOR_MAP_SWIZZLE_128B = 3 } CUtensorMapSwizzle;
 typedef enum { CU_TENSOR_MAP_L2_PROMOTION_L2_128B = 2 } CUtensorMapL2promotion;
 typedef enum { CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE } CUtensorMapFloatOOBfill;
 
@@ -22,6 +22,7 @@ typedef struct alignas(64) CUtensorMap {
   const void *data;
   uint64_t extents[3], strides_bytes[2];
   uint32_t box[3];
+  bool swizzled;
 } CUtensorMap;
 
 #endif
