@@ -223,19 +223,30 @@ describe("qm_mpq_linear", function()
   end)
 
   -- Sums in f32 of W as its codes and grid have it, or rounded to x's type: 2^-12 or 2^-9 of a weight, which
-  -- sums of random signs do not add up, and as much for the result.
-  it("sums few rows as exactly as their type allows, whatever the groups", function()
-    local exact, turn = { f16 = 2 ^ -10, bf16 = 2 ^ -7 }, 0
-    local function few(k, n, group_size, rows, asym)
-      turn = turn + 1
-      local dtype, scales = turn % 2 == 0 and "f16" or "bf16", math.floor(turn / 2) % 2 == 0 and "f16" or "bf16"
-      local q = mpq.random(k, n, { group_size = group_size, asym = asym, dtype = scales })
-      local x, there = qm.randn({ rows, k }, { device = "reference" }):to(dtype), q:to(testing.device)
-      local expected = qm.matmul(x:to("f32"), q:dequantize("f32"))
-      testing.assert_close(expected, product(x, there, false):to("f32"), exact[dtype],
-        ("%s, %d rows of %s, scales %s"):format(tostring(q), rows, dtype, scales))
-      there:free()
+  -- sums of random signs do not add up, and as much for the result. spread: x is bf16, and every third of it is
+  -- larger or smaller by up to 2^spread.
+  local exact, turn = { f16 = 2 ^ -10, bf16 = 2 ^ -7 }, 0
+  local function few(k, n, group_size, rows, asym, spread)
+    turn = turn + 1
+    local dtype, scales = turn % 2 == 0 and "f16" or "bf16", math.floor(turn / 2) % 2 == 0 and "f16" or "bf16"
+    local q = mpq.random(k, n, { group_size = group_size, asym = asym, dtype = scales })
+    local x, there = qm.randn({ rows, k }, { device = "reference" }), q:to(testing.device)
+    if spread then
+      dtype = "bf16"
+      local values = x:totable()
+      for _, row in ipairs(values) do
+        for i = 1, k, 3 do row[i] = row[i] * 2 ^ math.random(-spread, spread) end
+      end
+      x = qm.tensor(values, { device = "reference" })
     end
+    x = x:to(dtype)
+    local expected = qm.matmul(x:to("f32"), q:dequantize("f32"))
+    testing.assert_close(expected, product(x, there, false):to("f32"), exact[dtype],
+      ("%s, %d rows of %s, scales %s"):format(tostring(q), rows, dtype, scales))
+    there:free()
+  end
+
+  it("sums few rows as exactly as their type allows, whatever the groups", function()
     for _, rows in ipairs({ 1, 2, 7, 8, 9, 15, 16, 17 }) do
       few(32, 8, 32, rows, false)
       for _, group_size in ipairs({ 32, 64, 128 }) do
@@ -266,31 +277,17 @@ describe("qm_mpq_linear", function()
   -- Hopper's GPUs have their own way, where tiles of 32 columns are enough for the multiprocessors and features come
   -- in units of 128. x is laid out by groups, so that rows of larger span than f16's must lose nothing.
   it("multiplies one row", function()
-    local turn = 0
-    local function one(k, n, group_size, asym, spread)
-      turn = turn + 1
-      local dtype = (turn % 2 == 0 or spread) and "bf16" or "f16"
-      local scales = math.floor(turn / 2) % 2 == 0 and "f16" or "bf16"
-      local q = mpq.random(k, n, { group_size = group_size, asym = asym, dtype = scales })
-      local values = qm.randn({ 1, k }, { device = "reference" }):totable()
-      for i = 1, spread and k or 0, 3 do values[1][i] = values[1][i] * 2 ^ math.random(-spread, spread) end
-      local x, there = qm.tensor(values, { device = "reference" }):to(dtype), q:to(testing.device)
-      local expected = qm.matmul(x:to("f32"), q:dequantize("f32"))
-      testing.assert_close(expected, product(x, there, false):to("f32"), dtype == "f16" and 2 ^ -10 or 2 ^ -7,
-        ("%s, a row of %s, scales %s"):format(tostring(q), dtype, scales))
-      there:free()
-    end
     -- Columns for 4 multiprocessors, as are emulated, or for a GPU's; then more than its blocks take at once.
     local emulated = testing.device == "cpu" or qm.default_device():info().description:find("no GPU", 1, true)
     local wide, several = emulated and 96 or 4256, emulated and 1120 or 34304
     for i, group_size in ipairs({ 32, 64, 128, 256, -1 }) do
-      one(384, wide, group_size, i % 2 == 0)
-      one(128 * math.random(8), wide + 32 * math.random(4), group_size, i % 2 == 1)
+      few(384, wide, group_size, 1, i % 2 == 0)
+      few(128 * math.random(8), wide + 32 * math.random(4), group_size, 1, i % 2 == 1)
     end
-    one(4096 + 128 * math.random(3), wide, 128, true, 60)
-    one(2176, wide, 64, false, 100)
-    one(128, several, 32, true)
-    one(2176, emulated and 288 or wide, 4096, true)
+    few(4096 + 128 * math.random(3), wide, 128, 1, true, 60)
+    few(2176, wide, 64, 1, false, 100)
+    few(128, several, 32, 1, true)
+    few(2176, emulated and 288 or wide, 4096, 1, true)
   end)
 
   it("has no number where one row has none", function()

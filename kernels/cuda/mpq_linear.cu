@@ -4,8 +4,8 @@
 ** 16-bit x and 4-bit codes in plain order go to tensor cores straight from the packed words; the
 ** rest dequantizes into the workspace and multiplies there.
 ** Cost: the codes' bytes, 29 MB at 4096 x 14336, and for each word of 8 codes 7 integer
-** instructions, of which a multiprocessor starts 2 a cycle; about 20 where W itself is rounded,
-** beyond 16 rows without Hopper's products.
+** instructions, of which a multiprocessor starts 2 a cycle; 2 for one row on Hopper, about 20 where
+** W itself is rounded, beyond 16 rows without Hopper's products.
 */
 #include "mpq.h"
 #include "mpq_linear_few.cuh"

@@ -70,6 +70,7 @@ static __device__ __forceinline__ void multiply_group(int32_t (&sums)[2], int st
     sums[i] = both[0] * upper + both[1] * lower;
   }
 }
+
 /* What a group adds to the lane's two columns. x: of its digits. scales, zeros: where the two stand
 ** in shared memory. */
 template <bool ASYM>

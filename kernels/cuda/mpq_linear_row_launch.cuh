@@ -41,14 +41,14 @@ static int32_t launch_row(qm_cuda *cuda, const task_group &tasks) {
   group.bf16_scales = first.bf16_scales;
   group.zero_offset = first.zero_offset;
 
-  const int64_t blocks_at_once = cuda->multiprocessors;
-  const int64_t each = qm_ceil_div(group.tiles, blocks_at_once);
+  const int64_t each = qm_ceil_div(group.tiles, cuda->multiprocessors);
   const int32_t tiles = (int32_t)(each < L::tiles_max ? each : L::tiles_max);
   const int32_t room = (SHARED_BYTES - L::bytes(0, group.stages, tiles)) / L::slot_bytes;
   const int32_t all = tiles * group.stages;
   group.slots = room < all ? room : all;
-  if (group.slots < 2 && group.slots < all) return QM_E_UNSUPPORTED; /* x takes the room */
-  static bool prepared[64];                                          /* by device */
+  /* Where x takes the room; who asks for stages counts on slots for all that are under way. */
+  if (group.slots < L::under_way && group.slots < all) return QM_E_UNSUPPORTED;
+  static bool prepared[64]; /* by device */
   const auto kernel = multiply_row<T, ASYM, GROUPS>;
   int32_t status = prepare(cuda, kernel, SHARED_BYTES, prepared);
   for (int32_t i = 0; i < tasks.count && status == QM_OK; i++) {

@@ -35,7 +35,7 @@ struct row_sum {
 template <bool ASYM, int GROUPS>
 struct row_layout {
   static constexpr int warps = 16, threads = 32 * (warps + 1), columns = 32, features = 128;
-  static constexpr int stage_features = warps * features, tiles_max = 8 /* of a block */;
+  static constexpr int tiles_max = 8; /* of a block */
   static constexpr int under_way = 2; /* stages that have been asked for and are not there */
   static constexpr int words_bytes = warps * 16 * 128, scales_bytes = warps * GROUPS * 64;
   static constexpr int zero_bytes = ASYM ? 16 : 64, zeros_bytes = warps * GROUPS * zero_bytes;
